@@ -1,0 +1,53 @@
+# Every target works on a fresh clone: it makes .venv, installs the pinned requirements, builds the extension in place.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT := out
+CPP := $(shell git ls-files 'csrc/**/*.cpp' 'csrc/**/*.h' 'csrc/*.h' 'csrc/**/*.cu' 'csrc/**/*.cuh' 2>/dev/null)
+
+.PHONY: build demo test lint format bench gpu clean
+
+# ninja decides what is out of date, so the build runs every time.
+build: $(VENV)/.installed
+	@$(BIN)/python setup.py -q build_ext --inplace
+
+$(VENV)/.requirements: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -r requirements.txt
+	@touch $@
+
+# The package itself, editable, for its command and its metadata.
+$(VENV)/.installed: $(VENV)/.requirements pyproject.toml setup.py
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: build
+	@mkdir -p $(OUT)
+	$(BIN)/visattn attend --output $(OUT)/attend.png
+	$(BIN)/visattn map --at 60,60 --at 120,230 --at 190,60 --output $(OUT)/map.png
+	@echo "Look at $(OUT)/attend.png and $(OUT)/map.png"
+
+test: build
+	$(BIN)/python -m pytest
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(VENV)/.requirements
+	$(BIN)/ruff check --fix-only -q .
+	$(BIN)/ruff format -q .
+	$(BIN)/clang-format -i $(CPP)
+
+bench: build
+	$(BIN)/python -m benchmarks run
+	$(BIN)/python -m benchmarks table --update README.md
+
+# On a machine with an NVIDIA GPU, with that machine's own torch.
+gpu:
+	$(PYTHON) -m benchmarks gpu
+
+clean:
+	rm -rf build dist $(OUT) *.egg-info visattn_kernels/*.so

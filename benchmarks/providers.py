@@ -1,0 +1,333 @@
+"""Providers: everyone who can compute attention, side by side, each with the reasons why it cannot run a case.
+
+Peers get contiguous `[B, heads, N, D]` tensors, the layout that they like best, made outside the timed region.
+A workload's pattern or term that a peer's code does not have is a reason, never an approximation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.cases import Case, Inputs, Layout, Pass, from_layout, to_layout
+from benchmarks.machine import free_memory
+from visattn_kernels import attention
+from visattn_kernels.backends import REGISTRY, Backend
+from visattn_kernels.patterns import Global, Pattern
+from visattn_kernels.problem import make_problem
+
+MEMORY_SHARE = 0.6
+"""The share of the free memory above which a provider that stores the map is not tried."""
+
+Terms = Sequence[Sequence[torch.Tensor]]
+Run = Callable[[Case, torch.Tensor, torch.Tensor, torch.Tensor, Terms], torch.Tensor]
+"""Computes out from q, k, v and the terms' tensors, all in the provider's layout."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute attention.
+
+    Attributes:
+        name: what `--provider` takes.
+        about: one line for a person.
+        layout: how it takes q, k and v, and gives out.
+        run: computes out.
+        unavailable: reasons why it cannot run on a device ("cpu" or "cuda") at all.
+        unsupported: reasons why it cannot run a pass of a case, given that it is available.
+        ours: whether it is this library.
+        slow_start: whether its first call compiles.
+    """
+
+    name: str
+    about: str
+    layout: Layout
+    run: Run
+    unavailable: Callable[[str], list[str]]
+    unsupported: Callable[[Case, Pass], list[str]]
+    ours: bool = False
+    slow_start: bool = False
+
+    def reasons(self, case: Case, which: Pass) -> list[str]:
+        """Why it cannot run a pass of a case here; empty if it can."""
+        return self.unavailable(case.device) or self.unsupported(case, which)
+
+
+class Bench:
+    """A provider with the tensors of a case as leaves, ready for one pass.
+
+    Args:
+        provider: who computes.
+        case: what is computed.
+        which: the pass; the leaves of a forward alone don't require grad.
+        inputs: the case's tensors, heads-last; they are copied into the provider's layout.
+    """
+
+    def __init__(self, provider: Provider, case: Case, which: Pass, inputs: Inputs) -> None:
+        self.provider, self.case, self.which = provider, case, which
+        train = which != "forward"
+        self.q, self.k, self.v = (
+            to_layout(x, provider.layout).requires_grad_(train) for x in (inputs.q, inputs.k, inputs.v)
+        )
+        self.terms = [[x.clone().requires_grad_(train) for x in term] for term in inputs.terms]
+        self.grad = to_layout(inputs.grad, provider.layout)
+        self.leaves = [self.q, self.k, self.v, *(x for term in self.terms for x in term)]
+
+    def forward(self) -> torch.Tensor:
+        """The forward: as inference runs it for a forward pass, else with a graph."""
+        return self.provider.run(self.case, self.q, self.k, self.v, self.terms)
+
+    def backward(self, out: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The gradients of the leaves, through the graph of `out`."""
+        return torch.autograd.grad(out, self.leaves, self.grad)
+
+    def once(self) -> None:
+        """Do the pass once; a backward does the forward that it needs."""
+        out = self.forward()
+        if self.which != "forward":
+            self.backward(out)
+
+    def results(self) -> dict[str, torch.Tensor]:
+        """What the pass gives, heads-last: "out", and unless it is a forward alone the gradients "q", "k", "v"."""
+        w = self.case.workload
+        layout = self.provider.layout
+        out = self.forward()
+        results = {"out": from_layout(out.detach(), layout, w.queries)}
+        if self.which != "forward":
+            grads = self.backward(out)[:3]
+            for name, grad, grid in zip("qkv", grads, (w.queries, w.keys, w.keys), strict=True):
+                results[name] = from_layout(grad, layout, grid)
+        return results
+
+
+def dense_bytes(case: Case, which: Pass, itemsize: int | None = None) -> int:
+    """What a provider that stores the map needs: scores and softmax, and in the backward one gradient more."""
+    copies = 2 if which == "forward" else 3
+    return case.dense_scores() * (itemsize or case.dtype.itemsize) * copies
+
+
+def _too_big(case: Case, which: Pass, itemsize: int | None = None) -> list[str]:
+    """A reason if storing the map would take too much of the free memory."""
+    need, free = dense_bytes(case, which, itemsize), free_memory(case.device)
+    if need <= MEMORY_SHARE * free:
+        return []
+    return [f"needs {need / 1e9:.1f} GB to store the map; {free / 1e9:.1f} GB are free"]
+
+
+def _no_code(case: Case, patterns: tuple[type[Pattern], ...] = (Global,), terms: tuple[str, ...] = ()) -> list[str]:
+    """Reasons for a pattern or a term that a peer has no code for."""
+    w = case.workload
+    reasons = [] if isinstance(w.pattern, patterns) else [f"has no code for {type(w.pattern).__name__}"]
+    return reasons + [f"has no code for {term.name}" for term in w.terms if term.name not in terms]
+
+
+def _everywhere(device: str) -> list[str]:
+    """No reason on any device."""
+    return []
+
+
+# This library, with a backend forced by name.
+
+
+def _ours(backend: str) -> Provider:
+    record = _record(backend)
+    return Provider(
+        f"visattn-{backend}",
+        record.about,
+        "maps",
+        partial(_run_ours, backend),
+        partial(_ours_unavailable, backend),
+        partial(_ours_unsupported, backend),
+        ours=True,
+    )
+
+
+def _record(backend: str) -> Backend:
+    return next(record for record in REGISTRY if record.name == backend)
+
+
+def _ours_unavailable(backend: str, device: str) -> list[str]:
+    return _record(backend).unavailable()
+
+
+def _ours_unsupported(backend: str, case: Case, which: Pass) -> list[str]:
+    w, shapes = case.workload, case.shapes
+
+    def shaped(shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.empty((), dtype=case.dtype, device=case.device).expand(shape)
+
+    terms = tuple(term.build(*(shaped(shape) for shape in term.shapes(case.heads))) for term in w.terms)
+    try:
+        problem = make_problem(*(shaped(shapes[name]) for name in "qkv"), w.pattern, w.scale, terms)
+    except (NotImplementedError, ValueError) as error:
+        return [str(error)]
+    return _record(backend).unsupported(problem)
+
+
+def _run_ours(
+    backend: str, case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, terms: Terms
+) -> torch.Tensor:
+    w = case.workload
+    built = tuple(term.build(*tensors) for term, tensors in zip(w.terms, terms, strict=True))
+    return attention(q, k, v, w.pattern, scale=w.scale, terms=built, backend=backend)
+
+
+# What the papers' code does: a batched product, a softmax, a batched product.
+
+
+def _naive() -> Provider:
+    about = "softmax(QK^T)V with bmm, as the papers' code has it"
+    return Provider("naive", about, "tokens", _run_naive, _everywhere, _naive_unsupported)
+
+
+def _naive_unsupported(case: Case, which: Pass) -> list[str]:
+    return _no_code(case) or _too_big(case, which)
+
+
+def _run_naive(case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, terms: Terms) -> torch.Tensor:
+    batch, heads = q.shape[:2]
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # [B * heads, N, D]
+    scores = torch.bmm(q, k.transpose(1, 2))
+    if case.workload.factor != 1:
+        scores = scores * case.workload.factor
+    return torch.bmm(torch.softmax(scores, -1), v).unflatten(0, (batch, heads))
+
+
+# SDPA as a user calls it; with unequal widths a CPU takes its math path.
+
+
+def _sdpa() -> Provider:
+    about = "scaled_dot_product_attention as a user calls it"
+    return Provider("sdpa", about, "tokens", _run_sdpa, _sdpa_unavailable, _sdpa_unsupported)
+
+
+def _sdpa_unavailable(device: str) -> list[str]:
+    return [] if device == "cpu" else ["on a GPU each of SDPA's backends is a provider of its own"]
+
+
+def _sdpa_unsupported(case: Case, which: Pass) -> list[str]:
+    w = case.workload
+    return _no_code(case) or (_too_big(case, which, 4) if w.head_dim != w.value_dim else [])
+
+
+def _run_sdpa(case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, terms: Terms) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, scale=case.workload.factor)
+
+
+# SDPA with the narrower of q, k and v filled up with zeros, which reaches its flash kernels.
+
+
+def _sdpa_padded() -> Provider:
+    about = "scaled_dot_product_attention, the narrower width padded with zeros"
+    return Provider("sdpa-padded", about, "tokens", _run_sdpa_padded, _everywhere, _sdpa_padded_unsupported)
+
+
+def _sdpa_padded_unsupported(case: Case, which: Pass) -> list[str]:
+    if case.workload.head_dim == case.workload.value_dim:
+        return ["the widths are equal: nothing to pad"]
+    return _no_code(case)
+
+
+def _run_sdpa_padded(case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, terms: Terms) -> torch.Tensor:
+    w = case.workload
+    width = max(w.head_dim, w.value_dim)
+    q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=w.factor)[..., : w.value_dim]
+
+
+# SDPA with one of its CUDA backends; it says itself what that backend cannot run.
+
+_SDPA_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+def _sdpa_forced(name: str) -> Provider:
+    return Provider(
+        f"sdpa-{name}",
+        f"scaled_dot_product_attention, its {name} backend alone",
+        "tokens",
+        partial(_run_sdpa_forced, name),
+        _sdpa_forced_unavailable,
+        partial(_sdpa_forced_unsupported, name),
+    )
+
+
+def _sdpa_forced_unavailable(device: str) -> list[str]:
+    return [] if device == "cuda" else ["only on cuda"]
+
+
+def _sdpa_forced_unsupported(name: str, case: Case, which: Pass) -> list[str]:
+    return _no_code(case) or (_too_big(case, which, 4) if name == "math" else [])
+
+
+def _run_sdpa_forced(
+    name: str, case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, terms: Terms
+) -> torch.Tensor:
+    with sdpa_kernel(_SDPA_BACKENDS[name]):
+        return F.scaled_dot_product_attention(q, k, v, scale=case.workload.factor)
+
+
+# flex_attention, compiled.
+
+
+def _flex() -> Provider:
+    about = "flex_attention, compiled"
+    return Provider("flex", about, "tokens", _run_flex, _flex_unavailable, _flex_unsupported, slow_start=True)
+
+
+def _flex_unavailable(device: str) -> list[str]:
+    return [] if device == "cpu" or find_spec("triton") else ["triton is not installed"]
+
+
+def _flex_unsupported(case: Case, which: Pass) -> list[str]:
+    if case.device == "cpu" and which != "forward":
+        return ["flex_attention has no backward on a CPU"]
+    return _no_code(case)
+
+
+@cache
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # Past the limit, 8 shapes, dynamo runs the uncompiled function, which stores the map.
+    torch._dynamo.config.recompile_limit = 1000
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _run_flex(case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, terms: Terms) -> torch.Tensor:
+    out = _compiled_flex()(q, k, v, scale=case.workload.factor)
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+PROVIDERS: tuple[Provider, ...] = (
+    _naive(),
+    _sdpa(),
+    _sdpa_padded(),
+    *(_sdpa_forced(name) for name in _SDPA_BACKENDS),
+    _flex(),
+    *(_ours(backend.name) for backend in REGISTRY if backend.name != "reference"),
+)
+
+
+def find(name: str) -> Provider:
+    """The provider of a name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    for provider in PROVIDERS:
+        if provider.name == name:
+            return provider
+    raise KeyError(f"no provider {name!r}; there are {', '.join(provider.name for provider in PROVIDERS)}")

@@ -1,0 +1,244 @@
+"""The run: for every workload, dtype and pass, ask every provider, verify it, time it in turns, weigh it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from benchmarks import ceilings, machine
+from benchmarks.cases import PASSES, Case, Inputs, Pass, make_inputs
+from benchmarks.measure import Budget, interleave, warm_up
+from benchmarks.peak import peak_bytes
+from benchmarks.providers import PROVIDERS, Bench, Provider
+from benchmarks.results import Cell, Entry, Report, load
+from benchmarks.verify import Truth, plain, verdict, why_not
+from benchmarks.workloads import WORKLOADS, Workload
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run.
+
+    Attributes:
+        workloads, providers, passes: in order.
+        dtypes: names; None means each workload's own.
+        device: "cpu" or "cuda".
+        threads: that torch may use.
+        budget: samples per provider and cell.
+        memory: whether to measure peak memory too.
+        out: the results file; None writes none.
+        resume: keep what the file already has, where it is of the same sources, threads and device.
+    """
+
+    workloads: Sequence[Workload] = WORKLOADS
+    providers: Sequence[Provider] = PROVIDERS
+    passes: Sequence[Pass] = PASSES
+    dtypes: Sequence[str] | None = None
+    device: str = "cpu"
+    threads: int = field(default_factory=torch.get_num_threads)
+    budget: Budget = field(default_factory=Budget)
+    memory: bool = True
+    out: Path | None = None
+    resume: bool = False
+
+    def cells(self) -> list[tuple[Case, Pass]]:
+        """Every cell, in order; a workload that is not run on the device has none."""
+        return [
+            (Case(workload, dtype, self.device), which)
+            for workload in self.workloads
+            if workload.batch(self.device) > 0
+            for dtype in (self.dtypes or workload.dtypes(self.device))
+            if self.dtypes is None or dtype in workload.dtypes(self.device)
+            for which in self.passes
+        ]
+
+
+class Listener:
+    """Is told how a run goes; this one does nothing."""
+
+    def begin(self, cells: int) -> None:
+        """The run starts, with so many cells to measure."""
+
+    def cell(self, case: Case, which: Pass) -> None:
+        """A cell starts."""
+
+    def step(self, text: str, done: int, count: int) -> None:
+        """Something inside the cell is done."""
+
+    def done(self, cell: Cell) -> None:
+        """A cell is measured."""
+
+
+def run(plan: Plan, listener: Listener | None = None) -> Report:
+    """Measure every cell of a plan.
+
+    After each cell the file is written, so that an interrupted run leaves whole cells behind, marked incomplete.
+
+    Raises:
+        KeyboardInterrupt: as it came; what was measured is in the file.
+        ValueError: the file to resume from is no results file, or of something else.
+    """
+    listener = listener or Listener()
+    report = _begin(plan)
+    todo = [(case, which) for case, which in plan.cells() if not _has(report, case, which, plan.providers)]
+    listener.begin(len(todo))
+    before = torch.get_num_threads()
+    torch.set_num_threads(plan.threads)
+    try:
+        if not report.ceilings:
+            report.ceilings = ceilings.measure(plan.device, plan.threads).plain()
+        limits = ceilings.Ceilings(**report.ceilings)
+        peaks: dict[tuple[Case, str, bool], int | None] = {}
+        case_now: Case | None = None
+        truth: Truth | None = None
+        for case, which in todo:
+            listener.cell(case, which)
+            if case != case_now:
+                case_now, truth = case, None
+                inputs = make_inputs(case)
+                if why_not(case, which) is None:
+                    truth = Truth(case, inputs)
+            cell = _empty(case, which, limits)
+            _measure(cell, case, which, inputs, truth, plan, listener)
+            if plan.memory:
+                _weigh(cell, case, which, plan, peaks, listener)
+            report.put(cell)
+            listener.done(cell)
+            _save(report, plan)
+        report.complete = True
+        _save(report, plan)
+    finally:
+        torch.set_num_threads(before)
+    return report
+
+
+def _begin(plan: Plan) -> Report:
+    """A new report, or the one that is resumed."""
+    name = plan.out.stem if plan.out else plan.device
+    commit, dirty = machine.commit()
+    new = Report(
+        name,
+        plan.device,
+        plan.threads,
+        datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        commit=commit,
+        dirty=dirty,
+        sources=machine.sources(),
+        hardware=machine.hardware(),
+        versions=machine.versions(),
+        settings={**asdict(plan.budget), "memory": plan.memory},
+    )
+    if not (plan.resume and plan.out and plan.out.exists()):
+        return new
+    old = load(plan.out)
+    for what in ("device", "threads", "commit", "sources", "hardware", "versions"):
+        if getattr(old, what) != getattr(new, what):
+            raise ValueError(
+                f"cannot resume {plan.out}: its {what} is {getattr(old, what)}, now {getattr(new, what)}. "
+                "Run without --resume to measure everything anew."
+            )
+    old.complete, old.finished = False, None
+    return old
+
+
+def _has(report: Report, case: Case, which: Pass, providers: Sequence[Provider]) -> bool:
+    """Whether a report has a cell with all these providers."""
+    cell = report.find(case.workload.name, case.dtype_name, which)
+    return cell is not None and all(cell.entry(provider.name) for provider in providers)
+
+
+def _save(report: Report, plan: Plan) -> None:
+    if plan.out:
+        report.finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        report.save(plan.out)
+
+
+def _empty(case: Case, which: Pass, limits: ceilings.Ceilings) -> Cell:
+    cost, floor = case.cost(which), limits.floor(case, which)
+    return Cell(
+        case.workload.name,
+        case.dtype_name,
+        which,
+        case.batch,
+        case.heads,
+        case.workload.describe(),
+        cost.flops,
+        cost.bytes,
+        cost.exps,
+        floor.seconds,
+        floor.binds,
+    )
+
+
+def _measure(
+    cell: Cell, case: Case, which: Pass, inputs: Inputs, truth: Truth | None, plan: Plan, listener: Listener
+) -> None:
+    """Fill a cell with verdicts and samples."""
+    ready: list[tuple[Bench, Entry]] = []
+    for i, provider in enumerate(plan.providers):
+        listener.step(f"verify {provider.name}", i, len(plan.providers))
+        entry = Entry(provider.name, provider.ours, "measured")
+        cell.entries.append(entry)
+        bench = _verified(entry, provider, case, which, inputs, truth)
+        if bench is not None:
+            ready.append((bench, entry))
+    calls = []
+    for i, (bench, entry) in enumerate(ready):
+        listener.step(f"warm up {entry.name}", i, len(ready))
+        calls.append(warm_up(bench))
+    benches = [bench for bench, _ in ready]
+    samples = interleave(benches, plan.budget, calls, lambda done, count: listener.step("measure", done, count))
+    for (_, entry), taken in zip(ready, samples, strict=True):
+        entry.samples = taken
+
+
+def _verified(
+    entry: Entry, provider: Provider, case: Case, which: Pass, inputs: Inputs, truth: Truth | None
+) -> Bench | None:
+    """A bench that can be timed, or None and the reason in the entry. A wrong one is timed too, and refused."""
+    reasons = provider.reasons(case, which)
+    if reasons:
+        entry.status, entry.reason = "absent", "; ".join(reasons)
+        return None
+    if truth is None:
+        entry.status, entry.reason = "absent", why_not(case, which) or "not verified"
+        return None
+    try:
+        bench = Bench(provider, case, which, inputs)
+        checks = truth.verify(bench.results())
+    except Exception as error:  # whatever a peer raises is its reason
+        first = (str(error).strip().splitlines() or [""])[0]
+        entry.status, entry.reason = "absent", f"raised {type(error).__name__}: {first[:200]}"
+        return None
+    entry.checks = plain(checks)
+    refusals = verdict(checks)
+    if refusals:
+        entry.status, entry.reason = "refused", "; ".join(refusals)
+    return bench
+
+
+def _weigh(
+    cell: Cell,
+    case: Case,
+    which: Pass,
+    plan: Plan,
+    peaks: dict[tuple[Case, str, bool], int | None],
+    listener: Listener,
+) -> None:
+    """Fill in the peak memory; "backward" and "both" are the same measurement."""
+    for i, entry in enumerate(cell.entries):
+        if entry.status != "measured":
+            continue
+        listener.step(f"memory of {entry.name}", i, len(cell.entries))
+        key = (case, entry.name, which != "forward")
+        if key not in peaks:
+            peaks[key] = None
+            provider = next(provider for provider in plan.providers if provider.name == entry.name)
+            with suppress(RuntimeError):
+                peaks[key] = peak_bytes(provider, case, which, plan.threads)
+        entry.peak_bytes = peaks[key]

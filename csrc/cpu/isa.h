@@ -1,0 +1,83 @@
+// One instruction set's engine: every pass for every dtype. Included once by each isa_*.cpp, which names VISATTN_ISA.
+#pragma once
+
+#include "engine.h"
+#include "forward.h"
+#include "weights.h"
+
+namespace visattn::cpu::VISATTN_ISA {
+
+template <class T, class P>
+int64_t scratch_bytes(const Problem& problem) {
+  Arena counting{nullptr};
+  typename P::Scratch scratch(counting, problem);
+  return counting.used;
+}
+
+template <class T>
+Work plan_as(const Call& call, Pass pass, int threads) {
+  const Problem& p = call.problem;
+  switch (pass) {
+    case Pass::kForward:
+    case Pass::kStatistics:
+      return {Forward<T>::items(call, threads), scratch_bytes<T, Forward<T>>(p)};
+    case Pass::kDelta:
+      return {p.batch * p.queries.h, 0};
+    case Pass::kGradQuery:
+      return {GradQuery<T>::items(call, threads), scratch_bytes<T, GradQuery<T>>(p)};
+    case Pass::kGradKeyValue:
+      return {GradKeyValue<T>::items(call, threads), scratch_bytes<T, GradKeyValue<T>>(p)};
+    case Pass::kMap:
+    case Pass::kReceived:
+      return {Weights<T>::items(call, threads), scratch_bytes<T, Weights<T>>(p)};
+  }
+  return {0, 0};
+}
+
+template <class T>
+void run_as(const Call& call, Pass pass, int threads, int64_t item, void* scratch) {
+  const Arena arena{(char*)scratch};
+  switch (pass) {
+    case Pass::kForward:
+    case Pass::kStatistics:
+      return Forward<T>::run(call, threads, item, arena, pass == Pass::kForward);
+    case Pass::kDelta:
+      return run_delta<T>(call, item);
+    case Pass::kGradQuery:
+      return GradQuery<T>::run(call, threads, item, arena);
+    case Pass::kGradKeyValue:
+      return GradKeyValue<T>::run(call, threads, item, arena);
+    case Pass::kMap:
+    case Pass::kReceived:
+      return Weights<T>::run(call, threads, item, arena);
+  }
+}
+
+#if defined(__AVX512BF16__)  // this engine differs from plain AVX-512 in bfloat16 alone
+#define VISATTN_BY_DTYPE(CALL) return CALL(bf16)
+#else
+#define VISATTN_BY_DTYPE(CALL)   \
+  switch (call.problem.dtype) {  \
+    case Dtype::kFloat64:        \
+      return CALL(double);       \
+    case Dtype::kFloat32:        \
+      return CALL(float);        \
+    case Dtype::kBFloat16:       \
+      return CALL(bf16);         \
+    case Dtype::kFloat16:        \
+      return CALL(f16);          \
+  }                              \
+  __builtin_unreachable()
+#endif
+
+inline Work plan(const Call& call, Pass pass, int threads) {
+#define VISATTN_PLAN(T) plan_as<T>(call, pass, threads)
+  VISATTN_BY_DTYPE(VISATTN_PLAN);
+}
+
+inline void run(const Call& call, Pass pass, int threads, int64_t item, void* scratch) {
+#define VISATTN_RUN(T) run_as<T>(call, pass, threads, item, scratch)
+  VISATTN_BY_DTYPE(VISATTN_RUN);
+}
+
+}  // namespace visattn::cpu::VISATTN_ISA

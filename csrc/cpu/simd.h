@@ -1,0 +1,199 @@
+// The SIMD layer: one vector type per instruction set, and the few operations the engine needs on it.
+//
+// The engine's sources are compiled once per instruction set, each time inside a namespace of its own (VISATTN_ISA),
+// so that the linker can never merge a function compiled for one with the same function compiled for another. For the
+// same reason these files call nothing inline from the standard library.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define VISATTN_INLINE inline __attribute__((always_inline))
+
+namespace visattn::cpu::VISATTN_ISA {
+
+struct bf16 {
+  uint16_t bits;
+};
+using f16 = _Float16;
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kRows = 6;     // a product's register tile is kRows x kVectors accumulators:
+constexpr int kVectors = 4;  // 24 of 32 registers
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kRows = 6;
+constexpr int kVectors = 2;  // 12 of 16 registers
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kRows = 4;
+constexpr int kVectors = 2;
+#endif
+
+typedef float VecF __attribute__((vector_size(kVectorBytes)));
+typedef double VecD __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t VecU __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t VecL __attribute__((vector_size(kVectorBytes)));
+
+template <class T>
+struct Vector;
+template <>
+struct Vector<float> {
+  using Type = VecF;
+  using Bits = VecU;
+};
+template <>
+struct Vector<double> {
+  using Type = VecD;
+  using Bits = VecL;
+};
+template <>
+struct Vector<uint32_t> {
+  using Type = VecU;
+  using Bits = VecU;
+};
+
+template <class T>
+using Vec = typename Vector<T>::Type;
+template <class T>
+constexpr int kLanes = kVectorBytes / int(sizeof(T));
+
+template <class T>
+VISATTN_INLINE Vec<T> load(const T* p) {
+  Vec<T> x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+
+template <class T>
+VISATTN_INLINE void store(T* p, Vec<T> x) {
+  __builtin_memcpy(p, &x, sizeof x);
+}
+
+template <class T>
+VISATTN_INLINE Vec<T> broadcast(T x) {
+  return x - Vec<T>{};  // one broadcast: the compiler sees through x - 0
+}
+
+// NaN in `b` passes, so that a NaN score reaches the result.
+VISATTN_INLINE VecF max(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (VecF)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+VISATTN_INLINE VecD max(VecD a, VecD b) {
+#if defined(__AVX512F__)
+  return (VecD)_mm512_max_pd((__m512d)a, (__m512d)b);
+#elif defined(__AVX2__)
+  return (VecD)_mm256_max_pd((__m256d)a, (__m256d)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+template <class V>
+VISATTN_INLINE V zero_if_infinite(V x) {
+  const auto inf = broadcast(decltype(x[0] + x[0])(__builtin_inf()));
+  return ((x == inf) | (x == -inf)) ? V{} : x;
+}
+
+template <class V>
+VISATTN_INLINE bool any_differs(V a, V b) {
+  const auto differs = a != b;
+  bool any = false;
+  for (unsigned i = 0; i < sizeof(V) / sizeof(a[0]); ++i) any |= differs[i] != 0;
+  return any;
+}
+
+// 2^x by a polynomial of degree 6 on [-1/2, 1/2], the minimax of the relative error (2e-9, so that float32's own
+// rounding is what remains) among those with 2^0 = 1 exactly. 0 for -inf, inf for inf, NaN for NaN.
+VISATTN_INLINE VecF exp2(VecF x) {
+  constexpr float c[] = {6.931472027e-01f, 2.402264783e-01f, 5.550332550e-02f,
+                         9.618444332e-03f, 1.339886607e-03f, 1.535184789e-04f};
+#if defined(__AVX512F__)
+  // The reduction gives x - n, and 0 for an infinity, which scalef then handles.
+  const VecF n = (VecF)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const VecF f = (VecF)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  x = max(broadcast(-127.f), x);
+  x = x > 128.f ? broadcast(128.f) : x;
+#if defined(__AVX2__)
+  const VecF n = (VecF)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const VecF magic = broadcast(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  const VecF n = (x + magic) - magic;
+#endif
+  const VecF f = x - n;
+#endif
+  VecF p = broadcast(c[5]);
+#pragma GCC unroll 8
+  for (int i = 4; i >= 0; --i) p = p * f + c[i];
+  p = p * f + 1.f;
+#if defined(__AVX512F__)
+  return (VecF)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  typedef int32_t VecI __attribute__((vector_size(kVectorBytes)));
+  const VecI bits = (__builtin_convertvector(n, VecI) + 127) << 23;  // n = -127 gives 0, n = 128 infinity
+  return p * (VecF)bits;
+#endif
+}
+
+// The same to double precision: 13 terms of the series, 4e-18 on [-1/2, 1/2].
+VISATTN_INLINE VecD exp2(VecD x) {
+  constexpr double ln2 = 0.693147180559945309417232121458;
+  x = max(broadcast(-1023.), x);
+  x = x > 1024. ? broadcast(1024.) : x;
+  const VecD magic = broadcast(6755399441055744.);  // 1.5 * 2^52
+  const VecD shifted = x + magic;
+  const VecD n = shifted - magic;
+  const VecD f = (x - n) * ln2;
+  VecD p = broadcast(1. / 6227020800.);
+  constexpr double inverse_factorial[] = {1.,           1.,            1. / 2,         1. / 6,     1. / 24,
+                                          1. / 120,     1. / 720,      1. / 5040,      1. / 40320, 1. / 362880,
+                                          1. / 3628800, 1. / 39916800, 1. / 479001600};
+#pragma GCC unroll 16
+  for (int i = 12; i >= 0; --i) p = p * f + inverse_factorial[i];
+  // The low bits of `shifted` hold n in two's complement.
+  const VecL bits = ((VecL)shifted + 1023) << 52;
+  return p * (VecD)bits;
+}
+
+VISATTN_INLINE float natural_log(float x) { return __builtin_logf(x); }
+VISATTN_INLINE double natural_log(double x) { return __builtin_log(x); }
+
+
+
+// Conversions of stored elements.
+VISATTN_INLINE float widen(float x) { return x; }
+VISATTN_INLINE double widen(double x) { return x; }
+VISATTN_INLINE float widen(f16 x) { return float(x); }
+VISATTN_INLINE float widen(bf16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float y;
+  __builtin_memcpy(&y, &bits, 4);
+  return y;
+}
+
+// Round to nearest, ties to even; NaN stays NaN.
+VISATTN_INLINE uint16_t bf16_bits(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return uint16_t(x != x ? (bits >> 16) | 0x40 : rounded);
+}
+
+VISATTN_INLINE void narrow(float x, float* y) { *y = x; }
+VISATTN_INLINE void narrow(double x, double* y) { *y = x; }
+VISATTN_INLINE void narrow(float x, f16* y) { *y = f16(x); }
+VISATTN_INLINE void narrow(float x, bf16* y) { y->bits = bf16_bits(x); }
+
+}  // namespace visattn::cpu::VISATTN_ISA

@@ -1,0 +1,96 @@
+"""Build of the compiled part, visattn_kernels._C, by ninja.
+
+The engine's source is compiled once per instruction set, each with its own flags, which is why the build is spelled out
+here. Environment variables:
+
+    VISATTN_NO_EXT=1      build pure Python: the reference still serves
+    VISATTN_SANITIZE=1    build with AddressSanitizer and UndefinedBehaviorSanitizer, for tests
+    CXX                   the C++ compiler (g++ or clang++)
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c"
+ISA_FLAGS = {
+    "plain": "",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": AVX512,
+    "avx512_bf16": f"{AVX512} -mavx512bf16",
+}
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+# GCC warns of the undefined operand of its own AVX-512 intrinsics, and of vectors wider than the baseline's registers.
+WARNINGS = "-Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -Wno-unknown-warning-option"
+COMMON = f"-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast {WARNINGS}"
+SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1"
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10's stable ABI
+PYTHON_TARGET = "-DPy_LIMITED_API=0x030a0000"
+
+
+def sources() -> dict[str, str]:
+    """Every source of the extension with its own flags."""
+    import torch.utils.cpp_extension as torch_build
+
+    includes = " ".join(f"-isystem {path}" for path in torch_build.include_paths())
+    binding = f"{TORCH_TARGET} {includes}"
+    python = f"{PYTHON_TARGET} -isystem {sysconfig.get_path('include')}"
+    isas = ISA_FLAGS if X86 else {"plain": ""}
+    return {
+        "csrc/binding/module.cpp": python,
+        "csrc/binding/cpu_ops.cpp": binding,
+        "csrc/cpu/dispatch.cpp": "",
+        **{f"csrc/cpu/isa_{isa}.cpp": flags for isa, flags in isas.items()},
+    }
+
+
+class NinjaBuild(build_ext):
+    """Write a build.ninja with a dependency file per object, and run it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build one extension where setuptools wants it."""
+        import torch.utils.cpp_extension as torch_build
+
+        sanitize = SANITIZE if os.environ.get("VISATTN_SANITIZE") == "1" else ""
+        work = Path(self.build_temp).resolve() / ("sanitize" if sanitize else "release")
+        work.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        libraries = " ".join(f"-L{path}" for path in torch_build.library_paths()) + " -ltorch_cpu -lc10"
+        lines = [
+            "ninja_required_version = 1.5",
+            f"cxx = {os.environ.get('CXX', 'c++')}",
+            "rule compile",
+            f"  command = $cxx -MD -MF $out.d {COMMON} {sanitize} $flags -c $in -o $out",
+            "  deps = gcc",
+            "  depfile = $out.d",
+            "rule link",
+            f"  command = $cxx -shared {sanitize} $in {libraries} -o $out",
+        ]
+        objects = []
+        for source, flags in sources().items():
+            obj = work / (source.replace("/", "_") + ".o")
+            objects.append(str(obj))
+            lines += [f"build {obj}: compile {ROOT / source}", f"  flags = {flags}"]
+        lines += [f"build {target}: link {' '.join(objects)}", f"default {target}", ""]
+        (work / "build.ninja").write_text("\n".join(lines))
+        verbose = ["-v"] if self.verbose and os.environ.get("VISATTN_VERBOSE") else []
+        subprocess.run(["ninja", "-C", str(work), *verbose], check=True)
+
+
+without_extension = os.environ.get("VISATTN_NO_EXT") == "1"
+setup(
+    ext_modules=[] if without_extension else [Extension("visattn_kernels._C", sources=[], py_limited_api=True)],
+    cmdclass={"build_ext": NinjaBuild},
+    options={} if without_extension else {"bdist_wheel": {"py_limited_api": "cp310"}},
+)

@@ -1,0 +1,41 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from visattn_kernels.backends import cpu
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(2)
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def pytest_report_header() -> str:
+    reasons = cpu.unavailable()
+    return f"cpu backend: {'; '.join(reasons) if reasons else cpu.isa()}, torch {torch.__version__}"
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fill every new uninitialised tensor with NaN, so that an element that is not written shows."""
+    with poison():
+        yield
+
+
+@contextlib.contextmanager
+def poison() -> Iterator[None]:
+    """See `poisoned`."""
+    was, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was, warn_only=warned)

@@ -1,0 +1,151 @@
+"""The CPU engine against the reference: every case of the table, on every instruction set of this machine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import CASES, DTYPES, Case, differentiate, hold, inputs
+from conftest import poison
+from tolerance import check
+
+import visattn_kernels as va
+from visattn_kernels import reference
+from visattn_kernels.backends import cpu
+
+pytestmark = pytest.mark.skipif(bool(cpu.unavailable()), reason="; ".join(cpu.unavailable()))
+
+
+ISAS = ("plain", "avx2", "avx512", "avx512_bf16")
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Force an instruction set."""
+    monkeypatch.setenv("VISATTN_CPU_ISA", request.param)
+    try:
+        assert cpu.isa() == request.param
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    return request.param
+
+
+def on_each_isa(cases: list[Case]) -> pytest.MarkDecorator:
+    """Every case on every instruction set; avx512_bf16 differs from avx512 in bfloat16 alone."""
+    pairs = [(isa, case) for isa in ISAS for case in cases if isa != "avx512_bf16" or case.dtype == torch.bfloat16]
+    ids = [f"{isa}-{case.id}" for isa, case in pairs]
+    return pytest.mark.parametrize(("isa", "case"), pairs, indirect=["isa"], ids=ids)
+
+
+def attend(case: Case):
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
+        with poison():
+            return va.attention(q, k, v, case.pattern, scale=case.scale, backend="cpu", return_lse=True)
+
+    return forward
+
+
+@on_each_isa(CASES)
+def test_forward_and_backward(case: Case, isa: str) -> None:
+    tensors = inputs(case)
+    with poison():
+        results = differentiate(attend(case), tensors, case.needs)
+    assert results["out"].is_contiguous()
+    assert results["out"].dtype == case.dtype
+    hold(case, results)
+
+
+@on_each_isa([case for case in CASES if case.needs == "qkv"])
+def test_map_and_received(case: Case, isa: str) -> None:
+    q, k = inputs(case)["q"], inputs(case)["k"]
+    height, width = case.queries
+    points = [(0, 0), (height - 1, width - 1), (height // 2, width // 3), (0, 0)]
+    with poison():
+        rows = va.attention_map(q, k, points, case.pattern, scale=case.scale, backend="cpu")
+        sums = va.attention_received(q, k, case.pattern, scale=case.scale, backend="cpu")
+    call = {"pattern": case.pattern, "scale": case.true_scale}
+    for name, x, function, args in (
+        ("map", rows, reference.attention_map, (torch.tensor(points),)),
+        ("received", sums, reference.attention_received, ()),
+    ):
+        exact = function(q.double(), k.double(), *args, **call)
+        dense = reference.weights(reference.logits(q, k, **call))[0]  # L: eager in the case's dtype
+        if name == "map":
+            ys, xs = torch.tensor(points).T
+            eager = dense[:, :, ys, xs].transpose(1, 2)
+        else:
+            eager = dense.sum((2, 3)).unflatten(1, (case.kv_heads, -1)).sum(2).permute(0, 2, 3, 1)
+        check(name, x, exact, eager, case.dtype)
+    if case.batch:
+        torch.testing.assert_close(rows.sum((-1, -2)), torch.ones(case.batch, 4, case.heads, dtype=rows.dtype))
+        total = float(case.heads * height * width)
+        torch.testing.assert_close(sums.sum((1, 2, 3)), torch.full((case.batch,), total, dtype=sums.dtype))
+
+
+def test_no_points(isa: str) -> None:
+    case = Case()
+    q, k = inputs(case)["q"], inputs(case)["k"]
+    assert va.attention_map(q, k, [], backend="cpu").shape == (2, 0, 2, 5, 7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_for_any_threads_any_batch_any_run(dtype: torch.dtype, isa: str) -> None:
+    case = Case(dtype=dtype, batch=3, queries=(11, 13), keys=(19, 23), heads=4, kv_heads=2, head_dim=24, value_dim=17)
+    tensors = inputs(case)
+    first = differentiate(attend(case), tensors, "qkv")
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 3, 7):
+            torch.set_num_threads(n)
+            again = differentiate(attend(case), tensors, "qkv")
+            for name, x in first.items():
+                assert torch.equal(x, again[name]), f"{name} with {n} threads"
+    finally:
+        torch.set_num_threads(threads)
+    for b in range(case.batch):
+        alone = differentiate(attend(case), {name: x[b : b + 1] for name, x in tensors.items()}, "qkv")
+        for name, x in first.items():
+            assert torch.equal(x[b : b + 1], alone[name]), f"{name} of map {b}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_nan_and_inf_reach_what_they_reach_in_the_reference(
+    dtype: torch.dtype, value: float, where: str, isa: str
+) -> None:
+    case = Case(dtype=dtype, batch=2, queries=(3, 5), keys=(9, 9), head_dim=3, value_dim=4)
+    tensors = inputs(case)
+    tensors[where][1, 2, 3, 1, 0] = value
+    with torch.no_grad():
+        results = attend(case)(tensors["q"], tensors["k"], tensors["v"])
+        scale = case.true_scale
+        exact = reference.formula(*(tensors[n].double() for n in "qkv"), case.pattern, scale=scale)
+        eager = reference.formula(*(tensors[n] for n in "qkv"), case.pattern, scale=scale)
+    for name, x, r, l in zip(("out", "lse"), results, exact, eager, strict=True):
+        l = torch.where(r.isfinite(), l.double().nan_to_num(), r)  # eager low precision may overflow on its own
+        check(name, x, r, l, dtype)
+
+
+def test_unknown_instruction_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VISATTN_CPU_ISA", "neon9")
+    q = torch.ones(1, 1, 1, 1, 1)
+    with pytest.raises(RuntimeError, match=r"visattn: expected an instruction set.*VISATTN_CPU_ISA=neon9"):
+        va.attention(q, q, q, backend="cpu")
+
+
+def test_reference_agrees_on_extreme_logits(isa: str) -> None:
+    """Logits of hundreds, where a softmax without its maximum overflows."""
+    case = Case(queries=(4, 4), keys=(16, 16), spread=200.0, scale=1.0)
+    results = differentiate(attend(case), inputs(case), "qkv")
+    hold(case, results)
+
+
+def test_leaves_inputs_alone(isa: str) -> None:
+    case = replace(Case(), layouts=("nchw", "packed", "strided", "expanded"))
+    tensors = inputs(case)
+    before = {name: x.clone() for name, x in tensors.items()}
+    differentiate(attend(case), tensors, "qkv")
+    for name, x in before.items():
+        assert torch.equal(tensors[name], x), name

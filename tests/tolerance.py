@@ -1,0 +1,83 @@
+"""The one tolerance policy. Nothing widens it for one test.
+
+R is the dense reference in float64, L the same formula run eagerly in the operation's dtype, u the dtype's unit
+roundoff. A result x must satisfy:
+
+1. max |x - R| <= factor * max |L - R| + 4u * max |R|, factor 2 for results and 3 for gradients;
+2. mean |x - R| <= 1.25 * mean |L - R| + u * mean |R| (float32: 10 instead of 1.25);
+3. |x - R| <= bound for each element of out, where
+
+       bound_i = (8u + 2 * 2^-24 * max_j sum_d |scale * q_id * k_jd|) * sum_j p_j |v_j|
+
+   so that an outlier can't hide under the maximum. The second summand is what the rounding of the scores themselves
+   does, which are float32 for every dtype but float64: scores off by e move out by up to 2e * sum_j p_j |v_j|. Without
+   it no float32 program passes, the eager formula included, as soon as logits reach 10 (docs/design.md);
+4. in float64, instead of all this: rtol 1e-10, atol 1e-12;
+5. NaN and Inf where R has them and nowhere else.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from visattn_kernels import reference
+from visattn_kernels.patterns import Pattern
+
+UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
+RESULT, GRADIENT = 2.0, 3.0
+
+
+def check(
+    name: str,
+    x: torch.Tensor,
+    exact: torch.Tensor,
+    eager: torch.Tensor,
+    dtype: torch.dtype,
+    factor: float = RESULT,
+    bound: torch.Tensor | None = None,
+) -> None:
+    """Hold `x` to the policy.
+
+    Args:
+        name: what `x` is, for the message.
+        x: the result under test.
+        exact: R, float64.
+        eager: L.
+        dtype: dtype of the operation, which `x` need not have (lse is float32).
+        factor: RESULT or GRADIENT.
+        bound: that of rule 3 for each element of out, as `element_bound` gives it.
+    """
+    assert x.shape == exact.shape, f"{name}: shape {list(x.shape)}, expected {list(exact.shape)}"
+    x, eager = x.detach().double(), eager.detach().double()
+    exact = exact.detach()
+    assert torch.equal(x.isnan(), exact.isnan()), f"{name}: NaN in other places than the reference"
+    infinite = exact.isinf()
+    assert torch.equal(x.isinf(), infinite), f"{name}: Inf in other places than the reference"
+    assert torch.equal(x[infinite], exact[infinite]), f"{name}: Inf of the other sign"
+    finite = exact.isfinite()
+    if not finite.any():
+        return
+    error, spread = (x - exact)[finite].abs(), (eager - exact)[finite].abs()
+    size = exact[finite].abs()
+    if dtype == torch.float64:
+        worst = (error - 1e-10 * size).max()
+        assert worst <= 1e-12, f"{name}: float64 error exceeds rtol 1e-10 by {worst:.3g}"
+        return
+    u = UNIT[dtype]
+    largest = factor * spread.max() + 4 * u * size.max()
+    assert error.max() <= largest, f"{name}: largest error {error.max():.3g}, allowed {largest:.3g}"
+    mean = (10 if dtype == torch.float32 else 1.25) * spread.mean() + u * size.mean()
+    assert error.mean() <= mean, f"{name}: mean error {error.mean():.3g}, allowed {mean:.3g}"
+    if bound is not None:
+        excess = (error / bound[finite].clamp_min(torch.finfo(torch.float64).tiny)).max()
+        assert excess <= 1, f"{name}: an element's error is {excess:.3g} times its bound (rule 3)"
+
+
+def element_bound(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern, scale: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """The bound of rule 3 for each element of out, from float64 inputs."""
+    mass = reference.formula(q, k, v.abs(), pattern, scale=scale)[0]
+    scores = reference.logits(q.abs(), k.abs(), pattern, scale=abs(scale))
+    size = scores.flatten(-2).amax(-1).permute(0, 2, 3, 1)[..., None]  # [B, H, W, heads, 1]
+    return (8 * UNIT.get(dtype, 0.0) + 2 * UNIT[torch.float32] * size) * mass

@@ -1,0 +1,326 @@
+"""The public operations: attention over a two-dimensional map, and its map read without storing it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import torch
+
+from visattn_kernels import backends, ops, reference
+from visattn_kernels.errors import expected, tensor
+from visattn_kernels.patterns import Global, Pattern
+from visattn_kernels.problem import Problem, check_map, make_problem
+
+_GLOBAL = Global()
+_NO_TERM_SCALES = (1.0, 1.0)
+
+
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: Pattern = ...,
+    *,
+    scale: float | None = ...,
+    terms: Sequence[Any] = ...,
+    backend: str = ...,
+    return_lse: Literal[False] = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: Pattern = ...,
+    *,
+    scale: float | None = ...,
+    terms: Sequence[Any] = ...,
+    backend: str = ...,
+    return_lse: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: Pattern = _GLOBAL,
+    *,
+    scale: float | None = None,
+    terms: Sequence[Any] = (),
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention of every position of a map to the keys that a pattern shows it.
+
+        logit[i, j] = scale * q_i·k_j        for j in keys(i)
+        out_i       = sum_j softmax_j(logit[i, :]) * v_j
+        lse_i       = log sum_j exp(logit[i, j])
+
+    Any strides are read in place: contiguous tensors, `heads_last` views of an image in either memory format,
+    slices of a packed QKV projection, expanded tensors. Under autocast, q, k and v are cast to its dtype.
+
+    Args:
+        q (Tensor[B, H, W, heads, D]): queries; float64, float32, bfloat16 or float16. Any D >= 1.
+        k (Tensor[B, Hk, Wk, kv_heads, D]): keys, same dtype and device; `kv_heads` divides `heads`.
+        v (Tensor[B, Hk, Wk, kv_heads, Dv]): values, same dtype and device. Any Dv >= 1.
+        pattern: which keys a query sees.
+        scale: factor of q·k; None means `1/sqrt(D)`.
+        terms: what is added to scores and values; none is there yet.
+        backend: "auto", or the name of the backend that must run this; `explain` lists them.
+        return_lse: return lse too. It is differentiable, so that `merge` is.
+
+    Returns:
+        out (Tensor[B, H, W, heads, Dv]), dtype of q, contiguous; with `return_lse` also lse
+        (Tensor[B, H, W, heads]), natural logarithm, float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError: an argument is of the wrong Python type.
+        ValueError: the pattern does not fit the grids, or `backend` is no backend's name.
+        RuntimeError: tensors disagree in rank, shape, dtype or device, or a forced backend cannot run this.
+        NotImplementedError: something that is not there yet; second derivatives raise it in the backward.
+
+    Memory:
+        out and lse, and a fixed scratch per thread; the backward adds one number per query and head. Never
+        anything of the size of the map, except with `backend="reference"`.
+
+    References:
+        Vaswani et al., 2017, equation 1; the online softmax of Milakov and Gimelshein, 2018; the tiling and the
+        recomputation in the backward of Dao et al., 2022.
+    """
+    q, k, v = tensor(q, "q"), tensor(k, "k"), tensor(v, "v")
+    q, k, v = ops.autocast(q, k, v)
+    problem = make_problem(q, k, v, pattern, scale, tuple(terms) if isinstance(terms, Sequence) else terms)
+    name = backends.choose(problem, backend)
+    if name == "reference":
+        out, lse = reference.attention(q, k, v, pattern, scale=problem.scale)
+    else:
+        out, lse = ops.operator(name, "forward")(q, k, v, *ops.NO_TERMS, *_call(problem))
+    return (out, lse) if return_lse else out
+
+
+def _call(problem: Problem) -> tuple[Any, ...]:
+    """The arguments that every operator takes after its tensors."""
+    return (problem.scale, *_NO_TERM_SCALES, problem.pattern.encode())
+
+
+def attention_map(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    at: Sequence[tuple[int, int]] | torch.Tensor,
+    pattern: Pattern = _GLOBAL,
+    *,
+    scale: float | None = None,
+    terms: Sequence[Any] = (),
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Exact rows of the attention map: how much the queries `at` look at every key.
+
+    Args:
+        q (Tensor[B, H, W, heads, D]): queries.
+        k (Tensor[B, Hk, Wk, kv_heads, D]): keys.
+        at: points (y, x) of the query grid, a sequence of pairs or an integer Tensor[P, 2].
+        pattern, scale, terms, backend: as in `attention`.
+
+    Returns:
+        Tensor[B, P, heads, Hk, Wk], float32 (float64 for float64 inputs); each row sums to 1, zeros outside the
+        pattern. Not differentiable except with `backend="reference"`.
+
+    Raises:
+        ValueError: a point lies outside the query grid.
+        TypeError, RuntimeError: as `attention`.
+
+    Memory:
+        The result and a fixed scratch per thread.
+    """
+    q, k = ops.autocast(tensor(q, "q"), tensor(k, "k"))
+    problem = make_problem(q, k, None, pattern, scale, tuple(terms) if isinstance(terms, Sequence) else terms)
+    points = _points(at, problem).to(q.device)
+    name = backends.choose(problem, backend)
+    if name == "reference":
+        return reference.attention_map(q, k, points, pattern, scale=problem.scale)
+    rows: torch.Tensor = ops.operator(name, "map")(q, k, *ops.NO_TERMS, points, *_call(problem))
+    return rows
+
+
+def _points(at: Sequence[tuple[int, int]] | torch.Tensor, problem: Problem) -> torch.Tensor:
+    """Check the points of `attention_map` and make them an int64 Tensor[P, 2]."""
+    rule = "at to be points (y, x), a sequence of pairs of integers or an integer Tensor[P, 2]"
+    if isinstance(at, torch.Tensor):
+        points = at
+    else:
+        try:
+            points = torch.tensor([tuple(point) for point in at] or torch.empty(0, 2, dtype=torch.int64).tolist())
+        except (TypeError, ValueError) as error:
+            raise expected(rule, "at", repr(at), TypeError) from error
+        points = points.reshape(-1, 2).to(torch.int64) if points.numel() == 0 else points
+    if points.dtype.is_floating_point or points.dtype.is_complex or points.dtype == torch.bool:
+        raise expected(rule, "at", repr(at), TypeError)
+    if points.dim() != 2 or points.shape[1] != 2:
+        raise expected(rule, "at.shape", list(points.shape), ValueError)
+    height, width = problem.queries
+    for y, x in points.tolist():
+        if not (0 <= y < height and 0 <= x < width):
+            raise expected(
+                f"points (y, x) with 0 <= y < {height} and 0 <= x < {width}", "at", f"({y}, {x})", ValueError
+            )
+    return points.to(torch.int64)
+
+
+def attention_received(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    pattern: Pattern = _GLOBAL,
+    *,
+    scale: float | None = None,
+    terms: Sequence[Any] = (),
+    backend: str = "auto",
+) -> torch.Tensor:
+    """How much each key is looked at: the column sums of the attention map, `sum_i A[i, j]`.
+
+    Args:
+        q (Tensor[B, H, W, heads, D]): queries.
+        k (Tensor[B, Hk, Wk, kv_heads, D]): keys.
+        pattern, scale, terms, backend: as in `attention`.
+
+    Returns:
+        Tensor[B, Hk, Wk, kv_heads], float32 (float64 for float64 inputs), summed over the query heads that share
+        a key head; its total is `H * W * heads` per map. Not differentiable except with `backend="reference"`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `attention`.
+
+    Memory:
+        The result, one number per query and head, and a fixed scratch per thread.
+    """
+    q, k = ops.autocast(tensor(q, "q"), tensor(k, "k"))
+    problem = make_problem(q, k, None, pattern, scale, tuple(terms) if isinstance(terms, Sequence) else terms)
+    name = backends.choose(problem, backend)
+    if name == "reference":
+        return reference.attention_received(q, k, pattern, scale=problem.scale)
+    sums: torch.Tensor = ops.operator(name, "received")(q, k, *ops.NO_TERMS, *_call(problem))
+    return sums
+
+
+def merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge results over disjoint sets of keys into the result over their union, exactly.
+
+        lse = log sum_p exp(lse_p),    out = sum_p exp(lse_p - lse) * out_p
+
+    Args:
+        parts: pairs (out, lse) of `attention(..., return_lse=True)` over the same queries, of any shapes
+            `[..., Dv]` and `[...]` that agree.
+
+    Returns:
+        out, dtype of the first part, and lse. Differentiable any number of times.
+
+    Raises:
+        TypeError: `parts` is not a sequence of pairs of tensors.
+        ValueError: there is no part.
+        RuntimeError: the parts disagree in shape, dtype or device.
+    """
+    if not isinstance(parts, Sequence) or not all(isinstance(part, Sequence) and len(part) == 2 for part in parts):
+        raise expected("parts to be a sequence of pairs (out, lse)", "parts", type(parts).__name__, TypeError)
+    if not parts:
+        raise expected("at least one part", "parts", parts, ValueError)
+    first_out, first_lse = tensor(parts[0][0], "parts[0][0]"), tensor(parts[0][1], "parts[0][1]")
+    for i, (out, lse) in enumerate(parts):
+        tensor(out, f"parts[{i}][0]"), tensor(lse, f"parts[{i}][1]")
+        for name, x, like in ((f"parts[{i}][0]", out, first_out), (f"parts[{i}][1]", lse, first_lse)):
+            for what in ("shape", "dtype", "device"):
+                if getattr(x, what) != getattr(like, what):
+                    raise expected(
+                        f"all parts to have the same {what}",
+                        f"{name}.{what}",
+                        f"{getattr(x, what)}, unlike {getattr(like, what)} of the first part",
+                        RuntimeError,
+                    )
+        if out.shape[:-1] != lse.shape:
+            raise expected(
+                "out of shape [..., Dv] and lse of shape [...]",
+                f"parts[{i}]",
+                f"shapes {list(out.shape)} and {list(lse.shape)}",
+                RuntimeError,
+            )
+    lses = torch.stack([lse for _, lse in parts])  # [parts, ...]
+    lse = lses.logsumexp(0)
+    finite = torch.where(lse == -torch.inf, torch.zeros_like(lse), lse)
+    weights = torch.exp(lses - finite)
+    total = sum(weight[..., None] * out for weight, (out, _) in zip(weights, parts, strict=True))
+    assert isinstance(total, torch.Tensor)
+    return total.to(first_out.dtype), lse
+
+
+def explain(
+    q: torch.Tensor | None = None,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    pattern: Pattern = _GLOBAL,
+    *,
+    scale: float | None = None,
+    terms: Sequence[Any] = (),
+) -> str:
+    """Which backends can run a call, and why the others can't, in the order in which they are asked.
+
+    Args:
+        q, k, v, pattern, scale, terms: a call's arguments as in `attention`; without tensors, the backends of this
+            machine.
+
+    Returns:
+        A text of one line per backend. Print it.
+    """
+    problem = None
+    if q is not None and k is not None:
+        problem = make_problem(tensor(q, "q"), tensor(k, "k"), v, pattern, scale, tuple(terms))
+    lines = [problem.describe()] if problem else []
+    taken = False
+    for backend in backends.REGISTRY:
+        reasons = backend.reasons(problem) if problem else backend.unavailable()
+        if reasons:
+            state = f"no: {'; '.join(reasons)}"
+        else:
+            state = "yes" if taken or problem is None else "yes, taken"
+            taken = True
+        lines.append(f"{backend.name:<10} {state} ({backend.about})" if not reasons else f"{backend.name:<10} {state}")
+    return "\n".join(lines)
+
+
+def heads_last(x: torch.Tensor, heads: int = 1) -> torch.Tensor:
+    """View an image `[B, C, H, W]` as `[B, H, W, heads, C // heads]`; never copies, in either memory format.
+
+    Args:
+        x (Tensor[B, C, H, W]): the output of a 1x1 convolution, say.
+        heads: number of heads; divides C. Head h has channels `h * C // heads` and following.
+
+    Raises:
+        TypeError: `x` is not a tensor or `heads` not an integer.
+        ValueError: `heads` does not divide C.
+        RuntimeError: `x` has not four dimensions.
+    """
+    tensor(x, "x")
+    if isinstance(heads, bool) or not isinstance(heads, int):
+        raise expected("heads to be an integer", "heads", repr(heads), TypeError)
+    if x.dim() != 4:
+        raise expected("x of shape [B, C, H, W]", "x.shape", list(x.shape), RuntimeError)
+    if heads < 1 or x.shape[1] % heads != 0:
+        raise expected(f"heads to divide the {x.shape[1]} channels of x", "heads", heads, ValueError)
+    return x.unflatten(1, (heads, x.shape[1] // heads)).permute(0, 3, 4, 1, 2)
+
+
+def channels_first(y: torch.Tensor) -> torch.Tensor:
+    """View `[B, H, W, heads, D]` as an image `[B, heads * D, H, W]`, the inverse of `heads_last`.
+
+    The image of a contiguous tensor is in the channels-last memory format. Copies only where strides admit no view.
+
+    Args:
+        y (Tensor[B, H, W, heads, D]): the output of `attention`, say.
+
+    Raises:
+        TypeError, RuntimeError: `y` is not such a tensor.
+    """
+    check_map(y, "y")
+    return y.permute(0, 3, 4, 1, 2).flatten(1, 2)

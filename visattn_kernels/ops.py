@@ -1,0 +1,201 @@
+"""The custom operators: schemas, fakes, autograd, autocast and vmap, once for every backend.
+
+Each backend with kernels has a family of four operators, made from one set of schemas:
+
+    visattn::<backend>_forward    out and lse
+    visattn::<backend>_backward   gradients of q, k, v and of every term tensor
+    visattn::<backend>_map        rows of the map
+    visattn::<backend>_received   column sums of the map
+
+They are declared here, in Python, so that they exist with no compiled part; a backend only adds the kernels. The
+schemas hold every pattern (a list of integers) and every term (optional tensors) of the library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+
+from visattn_kernels.problem import accumulate_dtype
+
+TERM_TENSORS = (
+    "relative_bias",
+    "relative_query_h",
+    "relative_query_w",
+    "relative_key_h",
+    "relative_key_w",
+    "relative_value_h",
+    "relative_value_w",
+    "key_bias",
+)
+"""The tensors of the terms, in schema order."""
+
+DIFFERENTIABLE = ("q", "k", "v", *TERM_TENSORS)
+"""What `<backend>_backward` returns gradients of, in order; bit i of `needs` asks for the i-th."""
+
+NO_TERMS: tuple[None, ...] = (None,) * len(TERM_TENSORS)
+
+_TERMS = ", ".join(f"Tensor? {name}" for name in TERM_TENSORS)
+_CALL = "float scale, float relative_query_scale, float relative_key_scale, int[] pattern"
+SCHEMAS = {
+    "forward": f"(Tensor q, Tensor k, Tensor v, {_TERMS}, {_CALL}) -> (Tensor out, Tensor lse)",
+    "backward": f"(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, {_TERMS}, Tensor out, Tensor lse, "
+    f"{_CALL}, int needs) -> ({', '.join(f'Tensor grad_{name}' for name in DIFFERENTIABLE)})",
+    "map": f"(Tensor q, Tensor k, {_TERMS}, Tensor at, {_CALL}) -> Tensor",
+    "received": f"(Tensor q, Tensor k, {_TERMS}, {_CALL}) -> Tensor",
+}
+"""The schemas of one family."""
+
+BACKENDS = ("cpu",)
+"""Backends that have a family of operators."""
+
+_library = torch.library.Library("visattn", "DEF")
+
+_N_TERMS = len(TERM_TENSORS)
+_N_GRADS = len(DIFFERENTIABLE)
+
+
+def operator(backend: str, which: str) -> Callable[..., Any]:
+    """The operator `which` (a key of `SCHEMAS`) of a backend's family."""
+    packet: Callable[..., Any] = getattr(torch.ops.visattn, f"{backend}_{which}").default
+    return packet
+
+
+def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Cast to the dtype of an enabled autocast; float64 is left alone, as torch's own operators do."""
+    device = tensors[0].device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+def _fake_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    shape = q.shape[:4]
+    return q.new_empty((*shape, v.shape[4])), q.new_empty(shape, dtype=accumulate_dtype(q.dtype))
+
+
+def _fake_backward(grad_out: torch.Tensor, grad_lse: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    needs = rest[-1]
+    return tuple(
+        x.new_empty(x.shape) if x is not None and needs >> i & 1 else grad_out.new_empty((0,))
+        for i, x in enumerate(rest[:_N_GRADS])
+    )
+
+
+def _fake_map(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> torch.Tensor:
+    at = rest[_N_TERMS]
+    shape = (q.shape[0], at.shape[0], q.shape[3], k.shape[1], k.shape[2])
+    return q.new_empty(shape, dtype=accumulate_dtype(q.dtype))
+
+
+def _fake_received(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return q.new_empty(k.shape[:4], dtype=accumulate_dtype(q.dtype))
+
+
+_FAKES = {"forward": _fake_forward, "backward": _fake_backward, "map": _fake_map, "received": _fake_received}
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:_N_GRADS], *output)
+    ctx.call = inputs[_N_GRADS:]
+
+
+def _differentiate(backend: str) -> Callable[..., tuple[Any, ...]]:
+    """The gradient of a family's forward operator: its backward operator."""
+
+    def backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple[Any, ...]:
+        needs = sum(1 << i for i in range(_N_GRADS) if ctx.needs_input_grad[i])
+        grads = operator(backend, "backward")(grad_out, grad_lse, *ctx.saved_tensors, *ctx.call, needs)
+        wanted = (grad if needs >> i & 1 else None for i, grad in enumerate(grads))
+        return (*wanted, *(None for _ in ctx.call))
+
+    return backward
+
+
+def _raise_on(what: str) -> Callable[..., NoReturn]:
+    """An autograd formula for what is not differentiable: it says so."""
+
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
+        raise NotImplementedError(
+            f"visattn: expected no gradient of {what}, which is not there yet; "
+            'backend="reference" is differentiable any number of times'
+        )
+
+    return backward
+
+
+def _batched(backend: str, which: str, maps: tuple[int, ...]) -> Callable[..., tuple[Any, Any]]:
+    """The vmap rule of an operator: fold the mapped dimension into the batch.
+
+    Where a term tensor is present the operator runs once per slice, since a shared table's gradient must not be
+    summed over the mapped dimension.
+
+    Args:
+        backend: the family.
+        which: the operator.
+        maps: positions of the arguments that have a leading batch dimension.
+    """
+
+    def fold(x: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
+        x = x.movedim(dim, 0) if dim is not None else x.expand(size, *x.shape)
+        return x.flatten(0, 1)
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        op, size = operator(backend, which), info.batch_size
+        foldable = all(
+            i in maps or (dim is None and not (isinstance(x, torch.Tensor) and i in term_slots))
+            for i, (x, dim) in enumerate(zip(args, in_dims, strict=True))
+        )
+        if foldable:
+            args = tuple(fold(x, d, size) if i in maps else x for i, (x, d) in enumerate(zip(args, in_dims)))
+            result = op(*args)
+            unfold = lambda x: x.unflatten(0, (size, -1)) if x.dim() > 1 else x.expand(size, 0)  # noqa: E731
+            single = isinstance(result, torch.Tensor)
+            return (unfold(result), 0) if single else (tuple(map(unfold, result)), (0,) * len(result))
+        slices = [
+            op(*(x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True)))
+            for i in range(size)
+        ]
+        if isinstance(slices[0], torch.Tensor):
+            return torch.stack(slices), 0
+        columns = tuple(torch.stack(column) for column in zip(*slices, strict=True))
+        return columns, (0,) * len(columns)
+
+    first_term = {"forward": 3, "backward": 5, "map": 2, "received": 2}[which]
+    term_slots = range(first_term, first_term + _N_TERMS)
+    return rule
+
+
+_MAPS = {
+    "forward": (0, 1, 2),
+    "backward": (0, 1, 2, 3, 4, 5 + _N_TERMS, 6 + _N_TERMS),
+    "map": (0, 1),
+    "received": (0, 1),
+}
+
+
+def _declare(backend: str) -> None:
+    """Declare a backend's family of operators."""
+    for which, schema in SCHEMAS.items():
+        name = f"{backend}_{which}"
+        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        qualified = f"visattn::{name}"
+        torch.library.register_fake(qualified, _FAKES[which], lib=_library)
+        torch.library.register_vmap(qualified, _batched(backend, which, _MAPS[which]), lib=_library)
+    gradients: Sequence[tuple[str, Callable[..., Any]]] = (
+        ("backward", _raise_on("a gradient (double backward)")),
+        ("map", _raise_on("attention_map")),
+        ("received", _raise_on("attention_received")),
+    )
+    for which, formula in gradients:
+        torch.library.register_autograd(f"visattn::{backend}_{which}", formula, lib=_library)
+    torch.library.register_autograd(
+        f"visattn::{backend}_forward", _differentiate(backend), setup_context=_save, lib=_library
+    )
+
+
+for _backend in BACKENDS:
+    _declare(_backend)

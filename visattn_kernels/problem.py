@@ -1,0 +1,166 @@
+"""One canonical description of a call, made of plain numbers; backends decide by it and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from visattn_kernels.errors import expected, tensor
+from visattn_kernels.patterns import Grid, Pattern
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes that q, k and v may have."""
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and of lse: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is asked, without the data.
+
+    Attributes:
+        device: type of the device, such as "cpu".
+        dtype: dtype of q, k, v and out.
+        batch: number of maps.
+        queries: the query grid.
+        keys: the key grid.
+        heads: query heads.
+        kv_heads: key and value heads; divides `heads`.
+        head_dim: width D of a query and a key.
+        value_dim: width Dv of a value.
+        scale: factor of q·k.
+        pattern: which keys a query sees.
+        terms: names of the terms present.
+    """
+
+    device: str
+    dtype: torch.dtype
+    batch: int
+    queries: Grid
+    keys: Grid
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    scale: float
+    pattern: Pattern
+    terms: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """One line for a person."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"{self.pattern} on {self.device}, {dtype}: {self.batch} maps, "
+            f"queries {self.queries.height}x{self.queries.width}, keys {self.keys.height}x{self.keys.width}, "
+            f"{self.heads} heads ({self.kv_heads} of keys), D {self.head_dim}, Dv {self.value_dim}"
+        )
+
+
+def check_map(value: object, argument: str) -> torch.Tensor:
+    """Check that `value` is one tensor of the layout `[B, H, W, heads, D]`."""
+    x = tensor(value, argument)
+    if x.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise expected(f"the dtype of {argument} to be one of {names}", f"{argument}.dtype", x.dtype, RuntimeError)
+    if x.dim() != 5:
+        raise expected(
+            f"{argument} of shape [B, H, W, heads, D]",
+            f"{argument}.shape",
+            list(x.shape),
+            RuntimeError,
+            "heads_last(x, heads) makes this view of an image [B, C, H, W].",
+        )
+    if x.layout != torch.strided:
+        raise expected(f"{argument} to be a strided (dense) tensor", f"{argument}.layout", x.layout, RuntimeError)
+    for size, name in zip(x.shape[1:], ("H", "W", "heads", "D"), strict=True):
+        if size < 1:
+            raise expected(f"{name} of {argument} to be at least 1", f"{argument}.shape", list(x.shape), RuntimeError)
+    return x
+
+
+def _same(a: torch.Tensor, b: torch.Tensor, names: tuple[str, str], what: str) -> None:
+    """Check that two tensors agree in `what`, an attribute."""
+    if getattr(a, what) != getattr(b, what):
+        raise expected(
+            f"{names[0]} and {names[1]} to have the same {what}",
+            f"{names[0]}.{what}",
+            f"{getattr(a, what)} and {names[1]}.{what}={getattr(b, what)}",
+            RuntimeError,
+        )
+
+
+def _agree(a: torch.Tensor, b: torch.Tensor, names: tuple[str, str], dims: dict[int, str]) -> None:
+    """Check that two maps agree in the sizes of `dims`."""
+    for dim, name in dims.items():
+        if a.shape[dim] != b.shape[dim]:
+            raise expected(
+                f"{names[0]} and {names[1]} to agree in {name} (dimension {dim})",
+                f"{names[0]}.shape",
+                f"{list(a.shape)} and {names[1]}.shape={list(b.shape)}",
+                RuntimeError,
+            )
+
+
+def make_problem(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor | None,
+    pattern: Pattern,
+    scale: float | None,
+    terms: tuple[object, ...],
+) -> Problem:
+    """Check the arguments of a call and describe it.
+
+    Raises:
+        TypeError: an argument has the wrong Python type.
+        ValueError: the pattern does not fit the grids.
+        RuntimeError: tensors disagree in rank, shape, dtype or device.
+    """
+    check_map(q, "q")
+    for other, name in ((k, "k"), (v, "v")):
+        if other is None and name == "v":
+            continue
+        check_map(other, name)
+        _same(q, other, ("q", name), "device")
+        _same(q, other, ("q", name), "dtype")
+    _agree(q, k, ("q", "k"), {0: "batch", 4: "D"})
+    if v is not None:
+        _agree(k, v, ("k", "v"), {0: "batch", 1: "H", 2: "W", 3: "heads"})
+    heads, kv_heads = q.shape[3], k.shape[3]
+    if heads % kv_heads != 0:
+        raise expected(
+            "the heads of k to divide the heads of q (grouped-query attention)",
+            "q.shape",
+            f"{list(q.shape)} and k.shape={list(k.shape)}",
+            RuntimeError,
+        )
+    if not isinstance(pattern, Pattern):
+        raise expected("pattern to be a pattern such as Global()", "pattern", repr(pattern), TypeError)
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float)):
+        raise expected("scale to be a number or None", "scale", repr(scale), TypeError)
+    if not isinstance(terms, tuple | list):
+        raise expected("terms to be a tuple of terms", "terms", repr(terms), TypeError)
+    if terms:
+        raise NotImplementedError(
+            f"visattn: expected terms=(), since no term is there yet, but got terms={terms!r}. "
+            "Score and value terms come with the local patterns."
+        )
+    queries, keys = Grid(q.shape[1], q.shape[2]), Grid(k.shape[1], k.shape[2])
+    pattern.check(queries, keys)
+    return Problem(
+        device=q.device.type,
+        dtype=q.dtype,
+        batch=q.shape[0],
+        queries=queries,
+        keys=keys,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=q.shape[4],
+        value_dim=0 if v is None else v.shape[4],
+        scale=float(q.shape[4]) ** -0.5 if scale is None else float(scale),
+        pattern=pattern,
+    )
