@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
-from tolerance import GRADIENT, RESULT, check, element_bound
+from tolerance import GRADIENT, RESULT, check, element_bound, gradient_sizes
 
 from visattn_kernels import Global, reference
 from visattn_kernels.patterns import Pattern
@@ -112,8 +112,8 @@ def differentiate(forward, tensors: dict[str, torch.Tensor], needs: str) -> dict
 
 
 @lru_cache(maxsize=None)
-def expected(case: Case) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """R and L of a case: results and gradients in float64, and eagerly in the case's dtype; R has rule 3's `bound` too."""
+def expected(case: Case):
+    """R and L of a case: results and gradients in float64, and eagerly in the case's dtype; R has the policy's `bound` and `sizes` too."""
     tensors = inputs(case)
     doubles = {name: x.double() for name, x in tensors.items()}
 
@@ -124,6 +124,7 @@ def expected(case: Case) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tenso
     eager = differentiate(formula, tensors, case.needs)
     call = case.pattern, case.true_scale, case.dtype
     exact["bound"] = element_bound(doubles["q"], doubles["k"], doubles["v"], *call)
+    exact["sizes"] = gradient_sizes(doubles, case.pattern, case.true_scale)
     return exact, eager
 
 
@@ -133,7 +134,7 @@ def hold(case: Case, results: dict[str, torch.Tensor]) -> None:
     for name, x in results.items():
         factor = GRADIENT if name.startswith("grad_") else RESULT
         bound = exact["bound"] if name == "out" else None
-        check(name, x, exact[name], eager[name], case.dtype, factor, bound)
+        check(name, x, exact[name], eager[name], case.dtype, factor, bound, exact["sizes"].get(name))
 
 
 def _table() -> list[Case]:

@@ -13,7 +13,6 @@ from visattn_kernels.patterns import Global, Pattern
 from visattn_kernels.problem import Problem, check_map, make_problem
 
 _GLOBAL = Global()
-_NO_TERM_SCALES = (1.0, 1.0)
 
 
 @overload
@@ -105,7 +104,7 @@ def attention(
 
 def _call(problem: Problem) -> tuple[Any, ...]:
     """The arguments that every operator takes after its tensors."""
-    return (problem.scale, *_NO_TERM_SCALES, problem.pattern.encode())
+    return (problem.scale, 1.0, 1.0, problem.pattern.encode())
 
 
 def attention_map(

@@ -145,24 +145,24 @@ def _batched(backend: str, which: str, maps: tuple[int, ...]) -> Callable[..., t
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         op, size = operator(backend, which), info.batch_size
-        foldable = all(
-            i in maps or (dim is None and not (isinstance(x, torch.Tensor) and i in term_slots))
-            for i, (x, dim) in enumerate(zip(args, in_dims, strict=True))
-        )
-        if foldable:
-            args = tuple(fold(x, d, size) if i in maps else x for i, (x, d) in enumerate(zip(args, in_dims)))
-            result = op(*args)
-            unfold = lambda x: x.unflatten(0, (size, -1)) if x.dim() > 1 else x.expand(size, 0)  # noqa: E731
-            single = isinstance(result, torch.Tensor)
-            return (unfold(result), 0) if single else (tuple(map(unfold, result)), (0,) * len(result))
-        slices = [
-            op(*(x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True)))
-            for i in range(size)
-        ]
-        if isinstance(slices[0], torch.Tensor):
-            return torch.stack(slices), 0
-        columns = tuple(torch.stack(column) for column in zip(*slices, strict=True))
-        return columns, (0,) * len(columns)
+        dims = [dim if isinstance(dim, int) else None for dim in in_dims]  # a list argument has a list of None
+        has_terms = any(args[i] is not None for i in term_slots)
+        if not has_terms and all(i in maps for i, dim in enumerate(dims) if dim is not None):
+            folded = (fold(x, dims[i], size) if i in maps else x for i, x in enumerate(args))
+            results = op(*folded)
+            single = isinstance(results, torch.Tensor)
+            results = tuple(
+                x.unflatten(0, (size, -1)) if x.dim() > 1 else x.expand(size, 0)  # a gradient not asked for
+                for x in ((results,) if single else results)
+            )
+        else:
+            slices = [
+                op(*(x if dim is None else x.select(dim, i) for x, dim in zip(args, dims, strict=True)))
+                for i in range(size)
+            ]
+            single = isinstance(slices[0], torch.Tensor)
+            results = (torch.stack(slices),) if single else tuple(map(torch.stack, zip(*slices, strict=True)))
+        return (results[0], 0) if single else (results, (0,) * len(results))
 
     first_term = {"forward": 3, "backward": 5, "map": 2, "received": 2}[which]
     term_slots = range(first_term, first_term + _N_TERMS)

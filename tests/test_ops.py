@@ -1,0 +1,168 @@
+"""The operators as citizens of torch: opcheck, compile, export, autocast, vmap."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch._dynamo.testing
+from cases import DTYPES, Case, inputs
+
+import visattn_kernels as va
+from visattn_kernels import ops
+from visattn_kernels.backends import cpu
+
+pytestmark = pytest.mark.skipif(bool(cpu.unavailable()), reason="; ".join(cpu.unavailable()))
+
+CALL = (0.7, 1.0, 1.0, va.Global().encode())
+SHAPES = [
+    Case(heads=4, kv_heads=2, value_dim=5, keys=(3, 4)),
+    Case(layouts=("nchw", "packed", "transposed", "nchw")),
+    Case(batch=0),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.id)
+def test_opcheck(case: Case, dtype: torch.dtype) -> None:
+    tensors = inputs(Case(**{**vars(case), "dtype": dtype}))
+    q, k, v = (tensors[n] for n in "qkv")
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out, lse = ops.operator("cpu", "forward")(q, k, v, *ops.NO_TERMS, *CALL)
+    for args in ((q, k, v), leaves):
+        torch.library.opcheck(ops.operator("cpu", "forward"), (*args, *ops.NO_TERMS, *CALL))
+    grads = tensors["grad_out"], tensors["grad_lse"]
+    for needs in (7, 1, 2, 4, 0):
+        args = (*grads, q, k, v, *ops.NO_TERMS, out, lse, *CALL, needs)
+        torch.library.opcheck(ops.operator("cpu", "backward"), args)
+    at = torch.tensor([[0, 0], [2, 3]])
+    torch.library.opcheck(ops.operator("cpu", "map"), (q, k, *ops.NO_TERMS, at, *CALL))
+    torch.library.opcheck(ops.operator("cpu", "received"), (q, k, *ops.NO_TERMS, *CALL))
+
+
+def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    out, lse = va.attention(q, k, v, return_lse=True)
+    return (out * 2).sum() + lse.sin().sum()
+
+
+def close_with_gradients(f, g, q, k, v) -> None:
+    """Hold two functions' values and gradients together."""
+    both = []
+    for function in (f, g):
+        leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+        y = function(*leaves)
+        both.append((y.detach(), *torch.autograd.grad(y, leaves)))
+    torch.testing.assert_close(*both)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_fullgraph_dynamic(backend: str) -> None:
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
+    for height, width, heads in ((5, 7, 2), (6, 9, 2), (4, 4, 2)):
+        case = Case(queries=(height, width), keys=(height, width), heads=heads)
+        tensors = inputs(case)
+        close_with_gradients(step, compiled, *(tensors[n] for n in "qkv"))
+
+
+def test_no_recompilation_across_batch_sizes() -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    for batch in (11, 3, 4, 6):  # none equal to another size, which torch would take for the same symbol
+        tensors = inputs(Case(batch=batch))
+        compiled(*(tensors[n].requires_grad_() for n in "qkv")).backward()
+    assert counter.frame_count == 1
+
+
+def test_no_graph_break_in_every_public_function() -> None:
+    def everything(x: torch.Tensor) -> torch.Tensor:
+        q = va.heads_last(x, 2)
+        out, lse = va.attention(q, q, q, va.Global(), scale=0.3, return_lse=True)
+        out, lse = va.merge([(out, lse), (out, lse)])
+        return va.channels_first(out) + va.attention_received(q, q).mean() + lse.mean()
+
+    torch._dynamo.reset()
+    explanation = torch._dynamo.explain(everything)(torch.randn(1, 8, 4, 5))
+    assert explanation.graph_break_count == 0, explanation.break_reasons
+
+
+def test_errors_are_of_the_same_type_under_compile() -> None:
+    torch._dynamo.reset()
+    q, k = torch.randn(1, 2, 3, 1, 4), torch.randn(1, 2, 3, 1, 5)
+    with pytest.raises(RuntimeError, match="agree in D"):
+        torch.compile(lambda q, k: va.attention(q, k, k), backend="eager")(q, k)
+
+
+def test_export() -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q = va.heads_last(x, 2)
+            return va.channels_first(va.attention(q, q, q))
+
+    x = torch.randn(2, 8, 5, 6)
+    dims = {"x": {0: torch.export.Dim("batch", min=1, max=64), 2: torch.export.Dim("height", min=2, max=64)}}
+    program = torch.export.export(Layer(), (x,), dynamic_shapes=dims, strict=True)
+    assert "visattn.cpu_forward" in str(program.graph)
+    for shape in ((2, 8, 5, 6), (3, 8, 9, 6)):
+        y = torch.randn(shape)
+        torch.testing.assert_close(program.module()(y), Layer()(y))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_all_three(dtype: torch.dtype) -> None:
+    """Autocast may hand q and k in one dtype and v in another."""
+    tensors = inputs(Case())
+    q, k, v = (tensors[n].requires_grad_() for n in "qkv")
+    with torch.autocast("cpu", dtype=dtype):
+        out, lse = va.attention(q.to(dtype), k.to(dtype), v, return_lse=True)
+        received = va.attention_received(q, k)
+        rows = va.attention_map(q, k, [(0, 0)])
+    assert (out.dtype, lse.dtype, received.dtype, rows.dtype) == (dtype, *(torch.float32,) * 3)
+    with torch.no_grad():
+        expected = va.attention(*(x.to(dtype) for x in (q, k, v)))
+    assert torch.equal(out, expected)
+    out.float().sum().backward()
+    assert {x.grad.dtype for x in (q, k, v) if x.grad is not None} == {torch.float32}
+    with torch.autocast("cpu", dtype=dtype):
+        doubles = [x.double() for x in (q, k, v)]
+        assert va.attention(*doubles).dtype == torch.float64
+
+
+@pytest.mark.parametrize("in_dims", [(0, 0, 0), (1, None, 2), (None, 3, None)])
+def test_vmap(in_dims: tuple[int | None, ...]) -> None:
+    tensors = inputs(Case(batch=2, heads=2, kv_heads=1, value_dim=5, keys=(3, 4)))
+
+    def mapped(x: torch.Tensor, dim: int | None) -> torch.Tensor:
+        return x if dim is None else torch.stack([x, x.flip(1), x * 0.5], dim)
+
+    args = [mapped(tensors[n], dim) for n, dim in zip("qkv", in_dims, strict=True)]
+    f = lambda q, k, v: va.attention(q, k, v, return_lse=True)
+    results = torch.vmap(f, in_dims=in_dims)(*args)
+    for i in range(3):
+        alone = f(*(x if d is None else x.select(d, i) for x, d in zip(args, in_dims, strict=True)))
+        for x, y in zip(results, alone, strict=True):
+            assert torch.equal(x[i], y)
+    if in_dims[2] is None:
+        return
+    got = torch.vmap(lambda q, k: va.attention_map(q, k, [(1, 1), (0, 3)]), in_dims=in_dims[:2])(*args[:2])
+    alone = [va.attention_map(*(x if d is None else x.select(d, i) for x, d in zip(args[:2], in_dims[:2], strict=True)),
+                              [(1, 1), (0, 3)]) for i in range(3)]
+    assert torch.equal(got, torch.stack(alone))
+
+
+def test_gradients_through_vmap() -> None:
+    tensors = inputs(Case(batch=3))
+    leaves = [tensors[n].clone().requires_grad_() for n in "qkv"]
+    f = lambda q, k, v: va.attention(q[None], k[None], v[None])[0].pow(2).sum()
+    got = torch.autograd.grad(torch.vmap(f)(*leaves).sum(), leaves)
+    expected = torch.autograd.grad(va.attention(*leaves).pow(2).sum(), leaves)
+    torch.testing.assert_close(got, expected)
+
+
+def test_saved_tensors_are_released() -> None:
+    """Saved tensors go through save_for_backward: hooks see them, and nothing lives on the context."""
+    tensors = inputs(Case())
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x.shape) or x, lambda x: x):
+        out = va.attention(*(tensors[n].requires_grad_() for n in "qkv"))
+    assert len(packed) == 5  # q, k, v, out, lse
+    assert not any(isinstance(value, torch.Tensor) for value in getattr(out.grad_fn, "call", ()))
