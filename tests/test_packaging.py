@@ -1,0 +1,151 @@
+"""What is installed: with and without the compiled part, under sanitizers, after fork; what its symbols are."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from visattn_kernels.backends import cpu
+
+ROOT = Path(__file__).parent.parent
+needs_engine = pytest.mark.skipif(bool(cpu.unavailable()), reason="; ".join(cpu.unavailable()))
+
+
+def run(*command: str, cwd: Path, **environment: str) -> str:
+    """Run a command; its output, or a failure that shows it."""
+    env = {**os.environ, **environment}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+    return done.stdout
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A copy of what a build needs, without anything built."""
+    copy = tmp_path / "source"
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in ("csrc", "visattn_kernels"):
+        shutil.copytree(ROOT / name, copy / name, ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    return copy
+
+
+def test_pure_python_install(source: Path, tmp_path: Path) -> None:
+    """VISATTN_NO_EXT=1: it imports, the reference serves, and it says what is missing."""
+    target = tmp_path / "installed"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", str(target)]
+    run(*pip, str(source), cwd=tmp_path, VISATTN_NO_EXT="1")
+    assert not list(target.rglob("*.so"))
+    assert (target / "visattn_kernels" / "py.typed").exists()
+    code = (
+        "import torch, warnings, visattn_kernels as va; print(va.__file__)\n"
+        "warnings.simplefilter('ignore')\n"
+        "q = torch.ones(1, 2, 2, 1, 2, requires_grad=True)\n"
+        "va.attention(q, q, q).sum().backward(); print(va.explain(q, q, q))\n"
+        "try: va.attention(q, q, q, backend='cpu')\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    text = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(target))
+    assert str(target) in text
+    assert re.search(r"^cpu +no: the extension visattn_kernels._C was not built", text, re.M)
+    assert re.search(r"^reference +yes, taken", text, re.M)
+    assert "It cannot: the extension visattn_kernels._C was not built" in text
+    info = run(sys.executable, "-m", "visattn_kernels", "info", cwd=tmp_path, PYTHONPATH=str(target))
+    assert "was not built" in " ".join(info.split())
+
+
+@needs_engine
+def test_wheel_serves_every_python_from_3_10(source: Path, tmp_path: Path) -> None:
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source),
+        cwd=tmp_path)  # fmt: skip
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "-cp310-abi3-" in wheel.name
+    names = run(sys.executable, "-m", "zipfile", "-l", str(wheel), cwd=tmp_path)
+    assert "visattn_kernels/_C.abi3.so" in names
+    assert "tests/" not in names
+    assert "csrc/" not in names
+
+
+@needs_engine
+def test_sanitizers_are_silent(source: Path, tmp_path: Path) -> None:
+    """AddressSanitizer and UndefinedBehaviorSanitizer over the engine and its checks, random raw calls included."""
+    compiler = os.environ.get("CXX", "c++")
+    # The sanitizer must find the C++ runtime at its start, or it cannot intercept exceptions.
+    names = ("libasan.so", "libstdc++.so")
+    found = [run(compiler, f"-print-file-name={name}", cwd=tmp_path).strip() for name in names]
+    if not all(Path(path).is_absolute() for path in found):
+        pytest.skip(f"{compiler} lacks one of {names}")
+    run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", cwd=source, VISATTN_SANITIZE="1")
+    environment = {
+        "VISATTN_SANITIZE": "1",
+        "LD_PRELOAD": " ".join(found),
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+        "PYTHONPATH": str(source),
+    }
+    code = "import torch, visattn_kernels as va; q = torch.ones(1, 2, 2, 1, 2); va.attention(q, q, q, backend='cpu'); print(va.__file__)"
+    assert str(source) in run(sys.executable, "-c", code, cwd=tmp_path, **environment)
+    maps = run(
+        sys.executable, "-c", "import torch, visattn_kernels; print(open('/proc/self/maps').read())",
+        cwd=tmp_path, **environment,
+    )  # fmt: skip
+    assert str(source / "visattn_kernels" / "_C.abi3.so") in maps
+    select = "(forward_and_backward or map_and_received) and (float32 or bfloat16) and (plain or bf16)"
+    tests = [str(ROOT / "tests" / name) for name in ("test_fuzz.py", "test_cpu_engine.py")]
+    pytest_command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-o", f"pythonpath={source}"]
+    pytest_command += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), *tests]
+    text = run(*pytest_command, "-k", f"fuzz or raw or random or ({select})", cwd=tmp_path, **environment)
+    assert re.search(r"\d{3,} passed", text), text
+
+
+@needs_engine
+def test_isa_objects_share_no_symbol() -> None:
+    """A function compiled for AVX-512 must not be what the linker keeps for every CPU: names carry the instruction set."""
+    objects = sorted((ROOT / "build").glob("temp*/release/csrc_cpu_isa_*.o"))
+    if not objects:
+        pytest.skip("no objects of an in-place build here")
+    for path in objects:
+        isa = re.fullmatch(r"csrc_cpu_isa_(\w+)\.cpp\.o", path.name)
+        assert isa
+        for line in run("nm", "--defined-only", "-C", str(path), cwd=ROOT).splitlines():
+            kind, name = line.split(maxsplit=2)[1:]
+            if kind in "TWVu":
+                assert f"::{isa[1]}::" in name or kind == "u", f"{path.name}: {name}"
+
+
+@needs_engine
+def test_exports_nothing_but_its_init_function() -> None:
+    import visattn_kernels._C
+
+    names = run("nm", "-D", "--defined-only", visattn_kernels._C.__file__, cwd=ROOT)
+    functions = [line.split()[2] for line in names.splitlines() if line.split()[1] == "T"]
+    assert functions == ["PyInit__C"]
+
+
+def test_import_is_light() -> None:
+    """Plots, pictures, the command line and the tests' tools are not imported with the package."""
+    code = "import sys, torch; before = set(sys.modules); import visattn_kernels; print(*(set(sys.modules) - before))"
+    loaded = {name.split(".")[0] for name in run(sys.executable, "-c", code, cwd=ROOT).split()}
+    assert "visattn_kernels" in loaded
+    assert not loaded & {"matplotlib", "PIL", "sklearn", "skimage", "typer", "rich", "click", "pytest", "hypothesis"}
+
+
+@needs_engine
+def test_runs_in_a_forked_child() -> None:
+    code = """
+import os, torch, visattn_kernels as va
+q = torch.rand(1, 8, 8, 2, 4)
+expected = va.attention(q, q, q, backend="cpu")
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)  # as data loader workers do
+    os._exit(0 if torch.equal(va.attention(q, q, q, backend="cpu"), expected) else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    run(sys.executable, "-c", code, cwd=ROOT)
