@@ -54,7 +54,7 @@ def sources() -> dict[str, str]:
     }
 
 
-class NinjaBuild(build_ext):
+class NinjaBuild(build_ext):  # type: ignore[misc]
     """Write a build.ninja with a dependency file per object, and run it."""
 
     def build_extension(self, ext: Extension) -> None:

@@ -148,4 +148,4 @@ def from_layout(x: torch.Tensor, layout: Layout, grid: tuple[int, int]) -> torch
     """A heads-last view of a tensor in a provider's layout."""
     if layout == "maps":
         return x
-    return x.unflatten(2, grid).permute(0, 2, 3, 1, 4)
+    return x.view(*x.shape[:2], *grid, x.shape[-1]).permute(0, 2, 3, 1, 4)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-import visattn_kernels
+from visattn_kernels.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
 """The repository."""
@@ -71,7 +71,7 @@ def versions() -> dict[str, str | None]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "cuda": torch.version.cuda,
-        "visattn_kernels": visattn_kernels.__version__,
+        "visattn_kernels": __version__,
     }
     for package in ("triton", "natten"):
         try:

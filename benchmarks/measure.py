@@ -25,7 +25,7 @@ class Budget:
     Attributes:
         seconds: per provider and cell, if the counts allow it.
         least, most: samples.
-        patience: seconds after which a very slow provider has fewer than the least samples, though two.
+        patience: seconds after which a very slow provider has fewer than the least samples, though one.
     """
 
     seconds: float = 2.0
@@ -36,7 +36,7 @@ class Budget:
     def repeats(self, call: float) -> int:
         """Samples for a call of so many seconds."""
         call = max(call, 1e-9)
-        least = min(self.least, max(2, int(self.patience / call)))
+        least = int(min(self.least, max(1, self.patience / call)))
         return max(least, min(self.most, int(self.seconds / call)))
 
 
@@ -60,8 +60,8 @@ def _sample_cuda(bench: Bench) -> float:
     """Time on the device: the launches hide behind a spin, and the L2 cache starts cold, as between layers."""
     out = bench.forward() if bench.which == "backward" else None
     torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda").zero_()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(_SPIN_CYCLES)
+    start, end = torch.Event("cuda", enable_timing=True), torch.Event("cuda", enable_timing=True)
+    torch.cuda._sleep(_SPIN_CYCLES)  # type: ignore[no-untyped-call]
     start.record()
     if out is None:
         out = bench.forward()
@@ -75,11 +75,15 @@ def _sample_cuda(bench: Bench) -> float:
 def warm_up(bench: Bench) -> float:
     """Run a pass until its time settles; seconds of one pass.
 
-    The first call loads code, makes threads and compiles; a short call is repeated, a long one is not.
+    The first call loads code, makes threads and compiles; a long one is not repeated for that.
     """
+    start = time.perf_counter()
     bench.once()
-    first = sample(bench)
-    return first if first > 1 else min(first, sample(bench))
+    first = time.perf_counter() - start
+    if first > 5:
+        return first
+    second = sample(bench)
+    return second if second > 1 else min(second, sample(bench))
 
 
 def turns(counts: list[int]) -> Iterator[int]:

@@ -165,7 +165,8 @@ def _ours_unsupported(backend: str, case: Case, which: Pass) -> list[str]:
 
     terms = tuple(term.build(*(shaped(shape) for shape in term.shapes(case.heads))) for term in w.terms)
     try:
-        problem = make_problem(*(shaped(shapes[name]) for name in "qkv"), w.pattern, w.scale, terms)
+        q, k, v = (shaped(shapes[name]) for name in "qkv")
+        problem = make_problem(q, k, v, w.pattern, w.scale, terms)
     except (NotImplementedError, ValueError) as error:
         return [str(error)]
     return _record(backend).unsupported(problem)
@@ -197,7 +198,7 @@ def _run_naive(case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, te
     scores = torch.bmm(q, k.transpose(1, 2))
     if case.workload.factor != 1:
         scores = scores * case.workload.factor
-    return torch.bmm(torch.softmax(scores, -1), v).unflatten(0, (batch, heads))
+    return torch.bmm(torch.softmax(scores, -1), v).view(batch, heads, q.shape[1], v.shape[2])
 
 
 # SDPA as a user calls it; with unequal widths a CPU takes its math path.

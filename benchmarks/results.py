@@ -207,8 +207,8 @@ def write_whole(path: Path, text: str | bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(text.encode() if isinstance(text, str) else text)
-        os.chmod(name, 0o644)  # mkstemp's 0600 is for secrets
-        os.replace(name, path)
+        Path(name).chmod(0o644)  # mkstemp's 0600 is for secrets
+        Path(name).replace(path)
     except BaseException:
-        os.unlink(name)
+        Path(name).unlink(missing_ok=True)
         raise

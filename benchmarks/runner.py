@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -16,7 +19,7 @@ from benchmarks.measure import Budget, interleave, warm_up
 from benchmarks.peak import peak_bytes
 from benchmarks.providers import PROVIDERS, Bench, Provider
 from benchmarks.results import Cell, Entry, Report, load
-from benchmarks.verify import Truth, plain, verdict, why_not
+from benchmarks.verify import Truth, verdict, why_not
 from benchmarks.workloads import WORKLOADS, Workload
 
 
@@ -93,20 +96,15 @@ def run(plan: Plan, listener: Listener | None = None) -> Report:
         if not report.ceilings:
             report.ceilings = ceilings.measure(plan.device, plan.threads).plain()
         limits = ceilings.Ceilings(**report.ceilings)
-        peaks: dict[tuple[Case, str, bool], int | None] = {}
-        case_now: Case | None = None
-        truth: Truth | None = None
+        known = _Known()
         for case, which in todo:
             listener.cell(case, which)
-            if case != case_now:
-                case_now, truth = case, None
-                inputs = make_inputs(case)
-                if why_not(case, which) is None:
-                    truth = Truth(case, inputs)
+            if known.case != case:
+                known = _Known(case)
             cell = _empty(case, which, limits)
-            _measure(cell, case, which, inputs, truth, plan, listener)
+            _measure(cell, case, which, known, plan, listener)
             if plan.memory:
-                _weigh(cell, case, which, plan, peaks, listener)
+                _weigh(cell, case, which, known, plan, listener)
             report.put(cell)
             listener.done(cell)
             _save(report, plan)
@@ -121,6 +119,7 @@ def _begin(plan: Plan) -> Report:
     """A new report, or the one that is resumed."""
     name = plan.out.stem if plan.out else plan.device
     commit, dirty = machine.commit()
+    settings = {name: x if math.isfinite(x) else None for name, x in asdict(plan.budget).items()}
     new = Report(
         name,
         plan.device,
@@ -131,7 +130,7 @@ def _begin(plan: Plan) -> Report:
         sources=machine.sources(),
         hardware=machine.hardware(),
         versions=machine.versions(),
-        settings={**asdict(plan.budget), "memory": plan.memory},
+        settings={**settings, "memory": plan.memory, "load_average": os.getloadavg()[0]},
     )
     if not (plan.resume and plan.out and plan.out.exists()):
         return new
@@ -175,70 +174,83 @@ def _empty(case: Case, which: Pass, limits: ceilings.Ceilings) -> Cell:
     )
 
 
-def _measure(
-    cell: Cell, case: Case, which: Pass, inputs: Inputs, truth: Truth | None, plan: Plan, listener: Listener
-) -> None:
+class _Known:
+    """What the passes of one case share: tensors, truth, verdicts, peaks. "backward" and "both" give the same."""
+
+    def __init__(self, case: Case | None = None) -> None:
+        self.case = case
+        self.verdicts: dict[tuple[str, bool], Entry] = {}
+        self.peaks: dict[tuple[str, bool], int | None] = {}
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        assert self.case is not None
+        return make_inputs(self.case)
+
+    @cached_property
+    def truth(self) -> Truth:
+        assert self.case is not None
+        return Truth(self.case, self.inputs)
+
+
+def _measure(cell: Cell, case: Case, which: Pass, known: _Known, plan: Plan, listener: Listener) -> None:
     """Fill a cell with verdicts and samples."""
-    ready: list[tuple[Bench, Entry]] = []
+    ready: list[tuple[Bench, Entry, float]] = []
     for i, provider in enumerate(plan.providers):
         listener.step(f"verify {provider.name}", i, len(plan.providers))
-        entry = Entry(provider.name, provider.ours, "measured")
+        key = (provider.name, which != "forward")
+        if key not in known.verdicts:
+            known.verdicts[key] = _verify(provider, case, which, known)
+        entry = replace(known.verdicts[key], samples=[])
         cell.entries.append(entry)
-        bench = _verified(entry, provider, case, which, inputs, truth)
-        if bench is not None:
-            ready.append((bench, entry))
-    calls = []
-    for i, (bench, entry) in enumerate(ready):
-        listener.step(f"warm up {entry.name}", i, len(ready))
-        calls.append(warm_up(bench))
-    benches = [bench for bench, _ in ready]
-    samples = interleave(benches, plan.budget, calls, lambda done, count: listener.step("measure", done, count))
-    for (_, entry), taken in zip(ready, samples, strict=True):
+        if entry.status == "absent":
+            continue
+        listener.step(f"warm up {provider.name}", i, len(plan.providers))
+        bench = Bench(provider, case, which, known.inputs)
+        ready.append((bench, entry, warm_up(bench)))
+    samples = interleave(
+        [bench for bench, _, _ in ready],
+        plan.budget,
+        [seconds for _, _, seconds in ready],
+        lambda done, count: listener.step("measure", done, count),
+    )
+    for (_, entry, _), taken in zip(ready, samples, strict=True):
         entry.samples = taken
 
 
-def _verified(
-    entry: Entry, provider: Provider, case: Case, which: Pass, inputs: Inputs, truth: Truth | None
-) -> Bench | None:
-    """A bench that can be timed, or None and the reason in the entry. A wrong one is timed too, and refused."""
+def _verify(provider: Provider, case: Case, which: Pass, known: _Known) -> Entry:
+    """A provider's entry, without samples. A wrong one is refused, and timed all the same."""
+    entry = Entry(provider.name, provider.ours, "measured")
     reasons = provider.reasons(case, which)
+    unverified = why_not(case)
+    if unverified is not None:
+        reasons.append(unverified)
     if reasons:
         entry.status, entry.reason = "absent", "; ".join(reasons)
-        return None
-    if truth is None:
-        entry.status, entry.reason = "absent", why_not(case, which) or "not verified"
-        return None
+        return entry
     try:
-        bench = Bench(provider, case, which, inputs)
-        checks = truth.verify(bench.results())
+        checks = known.truth.verify(Bench(provider, case, which, known.inputs).results())
     except Exception as error:  # whatever a peer raises is its reason
         first = (str(error).strip().splitlines() or [""])[0]
         entry.status, entry.reason = "absent", f"raised {type(error).__name__}: {first[:200]}"
-        return None
-    entry.checks = plain(checks)
+        return entry
+    entry.checks = {one.name: one.plain() for one in checks}
     refusals = verdict(checks)
     if refusals:
         entry.status, entry.reason = "refused", "; ".join(refusals)
-    return bench
+    return entry
 
 
-def _weigh(
-    cell: Cell,
-    case: Case,
-    which: Pass,
-    plan: Plan,
-    peaks: dict[tuple[Case, str, bool], int | None],
-    listener: Listener,
-) -> None:
-    """Fill in the peak memory; "backward" and "both" are the same measurement."""
+def _weigh(cell: Cell, case: Case, which: Pass, known: _Known, plan: Plan, listener: Listener) -> None:
+    """Fill in the peak memory of whoever was timed."""
     for i, entry in enumerate(cell.entries):
-        if entry.status != "measured":
+        if entry.status == "absent":
             continue
         listener.step(f"memory of {entry.name}", i, len(cell.entries))
-        key = (case, entry.name, which != "forward")
-        if key not in peaks:
-            peaks[key] = None
+        key = (entry.name, which != "forward")
+        if key not in known.peaks:
+            known.peaks[key] = None
             provider = next(provider for provider in plan.providers if provider.name == entry.name)
             with suppress(RuntimeError):
-                peaks[key] = peak_bytes(provider, case, which, plan.threads)
-        entry.peak_bytes = peaks[key]
+                known.peaks[key] = peak_bytes(provider, case, which, plan.threads)
+        entry.peak_bytes = known.peaks[key]

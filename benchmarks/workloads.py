@@ -182,4 +182,4 @@ def picture() -> torch.Tensor:
     except ImportError as error:
         raise RuntimeError("the picture ships with scikit-learn, which is not installed") from error
     full = torch.from_numpy(load_sample_image("china.jpg").copy()).float() / 255  # [427, 640, 3]
-    return full[:426].unflatten(0, (213, 2)).unflatten(2, (320, 2)).mean((1, 3))
+    return full[:426].view(213, 2, 320, 2, 3).mean((1, 3))

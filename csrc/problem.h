@@ -33,10 +33,10 @@ struct Problem {
 struct Call {
   Problem problem;
   Map q, k, v;
-  Map out, lse;                 // lse and delta have one channel
+  Map out, lse;  // lse and delta have one channel
   Map grad_out, grad_lse, delta;
   Map grad_q, grad_k, grad_v;
-  Map maximum, inverse;  // of each query's softmax: weights are 2^(score - maximum) * inverse
+  Map maximum, inverse;             // of each query's softmax: weights are 2^(score - maximum) * inverse
   const int64_t* points = nullptr;  // [n_points, 2], (y, x): the queries of `weights`
   int64_t n_points = 0;
   Map weights;   // [B, points, heads, Hk, Wk]: x counts points, keys are contiguous

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 
 import torch
 from tolerance import GRADIENT, RESULT, check, element_bound, gradient_sizes
@@ -14,6 +14,9 @@ from visattn_kernels.patterns import Pattern
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "channels_last", "nchw", "packed", "expanded", "offset", "strided", "transposed")
+
+
+GLOBAL = Global()
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Case:
     scale: float | None = None
     layouts: tuple[str, str, str, str] = ("contiguous",) * 4  # of q, k, v and the gradient of out
     needs: str = "qkv"
-    pattern: Pattern = Global()
+    pattern: Pattern = GLOBAL
     spread: float = 1.0  # standard deviation of q: large for a peaked softmax
 
     @property
@@ -111,9 +114,9 @@ def differentiate(forward, tensors: dict[str, torch.Tensor], needs: str) -> dict
     return {"out": out.detach(), "lse": lse.detach(), **{f"grad_{n}": g for n, g in zip(needs, grads, strict=True)}}
 
 
-@lru_cache(maxsize=None)
+@cache
 def expected(case: Case):
-    """R and L of a case: results and gradients in float64, and eagerly in the case's dtype; R has the policy's `bound` and `sizes` too."""
+    """R and L of a case: results and gradients in float64 (and the policy's bounds), and eagerly in its dtype."""
     tensors = inputs(case)
     doubles = {name: x.double() for name, x in tensors.items()}
 
@@ -162,9 +165,7 @@ def _table() -> list[Case]:
     cases += [Case(batch=0), Case(batch=1), Case(batch=5)]
     cases += [Case(scale=scale) for scale in (1.0, 0.0, -0.5, 3.0)]
     cases += [Case(spread=30.0), Case(spread=30.0, batch=1, queries=(9, 9), keys=(17, 19))]
-    cases += [
-        Case(needs="".join(needs)) for n in range(3) for needs in itertools.combinations("qkv", n)
-    ]
+    cases += [Case(needs="".join(needs)) for n in range(3) for needs in itertools.combinations("qkv", n)]
     return cases
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import re
 import warnings
@@ -40,7 +41,12 @@ BAD = [
         RuntimeError,
         r"divide the heads of q.*q.shape=\[2, 3, 4, 3, 8\] and k.shape=\[2, 3, 4, 2, 8\]",
     ),
-    ("dtype", lambda q, k, v: va.attention(q, k, v.double()), RuntimeError, "q.dtype=torch.float32 and v.dtype=torch.f"),
+    (
+        "dtype",
+        lambda q, k, v: va.attention(q, k, v.double()),
+        RuntimeError,
+        "q.dtype=torch.float32 and v.dtype=torch.f",
+    ),
     ("dtype", lambda q, k, v: va.attention(q.int(), k.int(), v.int()), RuntimeError, "one of float64.*torch.int32"),
     ("device", lambda q, k, v: va.attention(q, k.to("meta"), v), RuntimeError, "q.device=cpu and k.device=meta"),
     ("no channel", lambda q, k, v: va.attention(q[..., :0], k[..., :0], v), RuntimeError, "D of q to be at least 1"),
@@ -141,8 +147,7 @@ def test_merge_is_exact_over_disjoint_keys() -> None:
     q, k, v = (tensors[n] for n in "qkv")
     whole = va.attention(q, k, v, return_lse=True)
     cuts = [0, 2, 3, 9]
-    pairs = zip(cuts, cuts[1:], strict=False)
-    parts = [va.attention(q, k[:, a:b], v[:, a:b], return_lse=True) for a, b in pairs]
+    parts = [va.attention(q, k[:, a:b], v[:, a:b], return_lse=True) for a, b in itertools.pairwise(cuts)]
     torch.testing.assert_close(va.merge(parts), whole, rtol=1e-13, atol=1e-13)
     nothing = torch.zeros_like(whole[0]), torch.full_like(whole[1], -torch.inf)
     torch.testing.assert_close(va.merge([nothing, *parts]), whole, rtol=1e-13, atol=1e-13)

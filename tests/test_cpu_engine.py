@@ -123,9 +123,9 @@ def test_nan_and_inf_reach_what_they_reach_in_the_reference(
         scale = case.true_scale
         exact = reference.formula(*(tensors[n].double() for n in "qkv"), case.pattern, scale=scale)
         eager = reference.formula(*(tensors[n] for n in "qkv"), case.pattern, scale=scale)
-    for name, x, r, l in zip(("out", "lse"), results, exact, eager, strict=True):
-        l = torch.where(r.isfinite(), l.double().nan_to_num(), r)  # eager low precision may overflow on its own
-        check(name, x, r, l, dtype)
+    for name, x, r, low in zip(("out", "lse"), results, exact, eager, strict=True):
+        low = torch.where(r.isfinite(), low.double().nan_to_num(), r)  # eager low precision may overflow on its own
+        check(name, x, r, low, dtype)
 
 
 def test_unknown_instruction_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,8 @@ def call(name: str, *args) -> object:
     try:
         return ops.operator("cpu", name)(*args)
     except RuntimeError as error:
-        assert "visattn: expected" in str(error), error
+        if "visattn: expected" not in str(error):
+            raise
         return None
 
 
@@ -125,11 +126,15 @@ def test_raw_operators_refuse_what_does_not_fit(data: st.DataObject) -> None:
         at = at * data.draw(st.sampled_from([0, 1, 1, 2, 3, -1, 2**40, -(2**62)]))
     result = call("map", q, k, *terms, at, *scalars)
     inside = (
-        at.dtype == torch.int64
-        and at.dim() == 2
-        and at.shape[1] == 2
-        and all(0 <= y < q.shape[1] and 0 <= x < q.shape[2] for y, x in at.tolist())
-    ) if consistent(q, k) else False
+        (
+            at.dtype == torch.int64
+            and at.dim() == 2
+            and at.shape[1] == 2
+            and all(0 <= y < q.shape[1] and 0 <= x < q.shape[2] for y, x in at.tolist())
+        )
+        if consistent(q, k)
+        else False
+    )
     assert (result is not None) == (fits and inside)
 
 

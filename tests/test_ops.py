@@ -144,8 +144,12 @@ def test_vmap(in_dims: tuple[int | None, ...]) -> None:
     if in_dims[2] is None:
         return
     got = torch.vmap(lambda q, k: va.attention_map(q, k, [(1, 1), (0, 3)]), in_dims=in_dims[:2])(*args[:2])
-    alone = [va.attention_map(*(x if d is None else x.select(d, i) for x, d in zip(args[:2], in_dims[:2], strict=True)),
-                              [(1, 1), (0, 3)]) for i in range(3)]
+    alone = [
+        va.attention_map(
+            *(x if d is None else x.select(d, i) for x, d in zip(args[:2], in_dims[:2], strict=True)), [(1, 1), (0, 3)]
+        )
+        for i in range(3)
+    ]
     assert torch.equal(got, torch.stack(alone))
 
 

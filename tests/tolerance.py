@@ -89,9 +89,7 @@ def element_bound(
     return (8 * UNIT.get(dtype, 0.0) + 2 * UNIT[torch.float32] * size) * mass
 
 
-def gradient_sizes(
-    tensors: dict[str, torch.Tensor], pattern: Pattern, scale: float
-) -> dict[str, torch.Tensor]:
+def gradient_sizes(tensors: dict[str, torch.Tensor], pattern: Pattern, scale: float) -> dict[str, torch.Tensor]:
     """G of rules 1 and 2 for the gradients of q, k and v, from float64 tensors by name."""
     q, k, v, grad_out = (tensors[name].abs() for name in ("q", "k", "v", "grad_out"))
     group = q.shape[3] // k.shape[3]

@@ -10,11 +10,11 @@ from visattn_kernels.attention import (
     merge,
 )
 from visattn_kernels.patterns import Global
-
 from visattn_kernels.version import __version__
 
 __all__ = [
     "Global",
+    "__version__",
     "attention",
     "attention_map",
     "attention_received",

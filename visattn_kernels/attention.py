@@ -307,7 +307,9 @@ def heads_last(x: torch.Tensor, heads: int = 1) -> torch.Tensor:
         raise expected("x of shape [B, C, H, W]", "x.shape", list(x.shape), RuntimeError)
     if heads < 1 or x.shape[1] % heads != 0:
         raise expected(f"heads to divide the {x.shape[1]} channels of x", "heads", heads, ValueError)
-    return x.unflatten(1, (heads, x.shape[1] // heads)).permute(0, 3, 4, 1, 2)
+    batch, channels, height, width = x.shape
+    # view, not reshape: splitting one dimension is possible for any strides
+    return x.view(batch, heads, channels // heads, height, width).permute(0, 3, 4, 1, 2)
 
 
 def channels_first(y: torch.Tensor) -> torch.Tensor:

@@ -51,7 +51,7 @@ SCHEMAS = {
 BACKENDS = ("cpu",)
 """Backends that have a family of operators."""
 
-_library = torch.library.Library("visattn", "DEF")
+_library = torch.library.Library("visattn", "DEF")  # type: ignore[no-untyped-call]
 
 _N_TERMS = len(TERM_TENSORS)
 _N_GRADS = len(DIFFERENTIABLE)
@@ -95,7 +95,12 @@ def _fake_received(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> torch.Tensor
     return q.new_empty(k.shape[:4], dtype=accumulate_dtype(q.dtype))
 
 
-_FAKES = {"forward": _fake_forward, "backward": _fake_backward, "map": _fake_map, "received": _fake_received}
+_FAKES: dict[str, Callable[..., Any]] = {
+    "forward": _fake_forward,
+    "backward": _fake_backward,
+    "map": _fake_map,
+    "received": _fake_received,
+}
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -181,7 +186,7 @@ def _declare(backend: str) -> None:
     """Declare a backend's family of operators."""
     for which, schema in SCHEMAS.items():
         name = f"{backend}_{which}"
-        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
         qualified = f"visattn::{name}"
         torch.library.register_fake(qualified, _FAKES[which], lib=_library)
         torch.library.register_vmap(qualified, _batched(backend, which, _MAPS[which]), lib=_library)

@@ -121,10 +121,8 @@ def make_problem(
         RuntimeError: tensors disagree in rank, shape, dtype or device.
     """
     check_map(q, "q")
-    for other, name in ((k, "k"), (v, "v")):
-        if other is None and name == "v":
-            continue
-        check_map(other, name)
+    for other, name in ((k, "k"), (v, "v")) if v is not None else ((k, "k"),):
+        other = check_map(other, name)
         _same(q, other, ("q", name), "device")
         _same(q, other, ("q", name), "dtype")
     _agree(q, k, ("q", "k"), {0: "batch", 4: "D"})

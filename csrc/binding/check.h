@@ -90,8 +90,16 @@ inline Pattern pattern_of(const Sizes& fields) {
   if (fields.size() != kPatternFields)
     fail(std::to_string(kPatternFields) + " integers for the pattern", "pattern", text(fields));
   if (fields[0] != int64_t(PatternKind::kGlobal)) fail("the pattern Global", "pattern", text(fields));
-  return {PatternKind::kGlobal, fields[1], fields[2], fields[3], fields[4],
-          fields[5],            fields[6], fields[7], fields[8], fields[9]};
+  return {PatternKind::kGlobal,
+          fields[1],
+          fields[2],
+          fields[3],
+          fields[4],
+          fields[5],
+          fields[6],
+          fields[7],
+          fields[8],
+          fields[9]};
 }
 
 // Check q, k and (if given) v against each other and describe the problem.
@@ -114,7 +122,8 @@ inline Problem problem_of(const Tensor& q, const Tensor& k, const Tensor* v, dou
   check_tensor(k, "k", {p.batch, p.keys.h, p.keys.w, p.kv_heads, p.head_dim}, q.scalar_type());
   if (v) check_tensor(*v, "v", {p.batch, p.keys.h, p.keys.w, p.kv_heads, p.value_dim}, q.scalar_type());
   for (int64_t size : {p.queries.h, p.queries.w, p.keys.h, p.keys.w, p.heads, p.kv_heads, p.head_dim})
-    if (size < 1) fail("every size but the batch to be at least 1", "q.shape", text(shape(q)) + " and k.shape=" + text(shape(k)));
+    if (size < 1)
+      fail("every size but the batch to be at least 1", "q.shape", text(shape(q)) + " and k.shape=" + text(shape(k)));
   if (v && p.value_dim < 1) fail("every size but the batch to be at least 1", "v.shape", text(shape(*v)));
   if (p.heads % p.kv_heads != 0)
     fail("the heads of k to divide the heads of q", "q.shape", text(shape(q)) + " and k.shape=" + text(shape(k)));

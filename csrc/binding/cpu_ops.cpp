@@ -23,8 +23,8 @@ void run(const Call& call, Pass pass) {
   const int64_t workers = work.items < threads ? work.items : threads;
   if (workers == 0) return;
   const size_t bytes = (size_t(work.scratch_bytes) + 63) / 64 * 64;
-  std::unique_ptr<char, decltype(&std::free)> scratch(
-      static_cast<char*>(std::aligned_alloc(64, bytes * workers + 64)), &std::free);
+  std::unique_ptr<char, decltype(&std::free)> scratch(static_cast<char*>(std::aligned_alloc(64, bytes * workers + 64)),
+                                                      &std::free);
   if (!scratch) throw std::bad_alloc();
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
@@ -75,8 +75,8 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Term relative_b
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Term relative_bias, Term relative_query_h,
     Term relative_query_w, Term relative_key_h, Term relative_key_w, Term relative_value_h, Term relative_value_w,
-    Term key_bias, Tensor out, Tensor lse, double scale, double /*relative_query_scale*/,
-    double /*relative_key_scale*/, std::vector<int64_t> pattern, int64_t needs) {
+    Term key_bias, Tensor out, Tensor lse, double scale, double /*relative_query_scale*/, double /*relative_key_scale*/,
+    std::vector<int64_t> pattern, int64_t needs) {
   Terms{relative_bias,  relative_query_h, relative_query_w, relative_key_h,
         relative_key_w, relative_value_h, relative_value_w, key_bias}
       .check();
@@ -90,7 +90,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   check_tensor(grad_out, "grad_out", outputs, dtype);
   check_tensor(lse, "lse", queries, sums);
   check_tensor(grad_lse, "grad_lse", queries, sums);
-  if (needs < 0 || needs >= 8) fail("needs to ask for gradients of q, k and v (bits 0 to 2)", "needs", std::to_string(needs));
+  if (needs < 0 || needs >= 8)
+    fail("needs to ask for gradients of q, k and v (bits 0 to 2)", "needs", std::to_string(needs));
 
   auto wanted = [&](const Tensor& x, int bit) { return empty(q, needs >> bit & 1 ? shape(x) : Sizes{0}, dtype); };
   auto none = [&] { return empty(q, Sizes{0}, dtype); };

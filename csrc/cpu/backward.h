@@ -87,13 +87,13 @@ struct GradQuery {
 
     offsets(call.q, queries, tile.first, tile.count, s.offset);
     for (int t = 0; t < panels; ++t)
-      pack_panel<M>(Rows<T>{at<T>(call.q, b, head), s.offset + t * L, panel_lanes<M>(tile.count, t), p.head_dim,
-                            call.q.channel},
-                    s.queries + t * panel_elements<M>(p.head_dim));
+      pack_panel<M>(
+          Rows<T>{at<T>(call.q, b, head), s.offset + t * L, panel_lanes<M>(tile.count, t), p.head_dim, call.q.channel},
+          s.queries + t * panel_elements<M>(p.head_dim));
     offsets(call.grad_out, queries, tile.first, tile.count, s.offset);
     for (int t = 0; t < panels; ++t)
-      pack_panel<M>(Rows<T>{at<T>(call.grad_out, b, head), s.offset + t * L, panel_lanes<M>(tile.count, t),
-                            p.value_dim, call.grad_out.channel},
+      pack_panel<M>(Rows<T>{at<T>(call.grad_out, b, head), s.offset + t * L, panel_lanes<M>(tile.count, t), p.value_dim,
+                            call.grad_out.channel},
                     s.grads + t * panel_elements<M>(p.value_dim));
     load_lanes(call.lse, queries, b, head, tile, s.offset, s.lse);
     load_lanes(call.delta, queries, b, head, tile, s.offset, s.delta);

@@ -1,4 +1,5 @@
-// Forward: out and lse of a tile of queries (or, for the passes of weights.h, the softmax's two numbers alone), by an online softmax in base 2 over blocks of keys.
+// Forward: out and lse of a tile of queries (or, for the passes of weights.h, the softmax's two numbers alone), by an
+// online softmax in base 2 over blocks of keys.
 //
 //     S = scale * log2(e) * K Q^T             one product per block and panel     [keys, lanes]
 //     m, l, O rescaled where the maximum grew; P = 2^(S - m)
@@ -122,9 +123,9 @@ struct Forward {
 
     query_offsets(call, call.q, queries, tile.first, tile.count, s.offset);
     for (int t = 0; t < panels; ++t) {
-      pack_panel<M>(Rows<T>{at<T>(call.q, b, head), s.offset + t * L, panel_lanes<M>(tile.count, t), p.head_dim,
-                            call.q.channel},
-                    s.queries + t * panel_elements<M>(p.head_dim));
+      pack_panel<M>(
+          Rows<T>{at<T>(call.q, b, head), s.offset + t * L, panel_lanes<M>(tile.count, t), p.head_dim, call.q.channel},
+          s.queries + t * panel_elements<M>(p.head_dim));
       softmax(s, t).start();
     }
 
@@ -133,8 +134,8 @@ struct Forward {
     for (int64_t first = 0; first < keys.size(); first += kBlock, ++block) {
       const int64_t n = min(kBlock, keys.size() - first);
       offsets(call.k, keys, first, n, s.walked);
-      const Staged<M> k = stage<M>(Rows<T>{at<T>(call.k, b, kv_head), s.walked, n, p.head_dim, call.k.channel},
-                                   Use::kScores, s.keys);
+      const Staged<M> k =
+          stage<M>(Rows<T>{at<T>(call.k, b, kv_head), s.walked, n, p.head_dim, call.k.channel}, Use::kScores, s.keys);
       Staged<M> v{};
       if (with_values) {
         offsets(call.v, keys, first, n, s.walked);
@@ -160,11 +161,11 @@ struct Forward {
   }
 
   static VISATTN_INLINE void rescale(Acc* panel, int64_t rows, int vector, Vec<Acc> factor) {
-    for (int64_t c = 0; c < rows; ++c)
-      store(panel + c * L + vector * W, load(panel + c * L + vector * W) * factor);
+    for (int64_t c = 0; c < rows; ++c) store(panel + c * L + vector * W, load(panel + c * L + vector * W) * factor);
   }
 
-  static void finish(const Call& call, Scratch& s, const Tile& tile, int64_t b, int64_t head, int64_t blocks, bool with_values) {
+  static void finish(const Call& call, Scratch& s, const Tile& tile, int64_t b, int64_t head, int64_t blocks,
+                     bool with_values) {
     if (!with_values) return finish_statistics(call, s, tile, b, head);
     const Problem& p = call.problem;
     const Box queries = whole(p.queries);

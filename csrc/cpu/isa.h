@@ -56,17 +56,17 @@ void run_as(const Call& call, Pass pass, int threads, int64_t item, void* scratc
 #if defined(__AVX512BF16__)  // this engine differs from plain AVX-512 in bfloat16 alone
 #define VISATTN_BY_DTYPE(CALL) return CALL(bf16)
 #else
-#define VISATTN_BY_DTYPE(CALL)   \
-  switch (call.problem.dtype) {  \
-    case Dtype::kFloat64:        \
-      return CALL(double);       \
-    case Dtype::kFloat32:        \
-      return CALL(float);        \
-    case Dtype::kBFloat16:       \
-      return CALL(bf16);         \
-    case Dtype::kFloat16:        \
-      return CALL(f16);          \
-  }                              \
+#define VISATTN_BY_DTYPE(CALL)  \
+  switch (call.problem.dtype) { \
+    case Dtype::kFloat64:       \
+      return CALL(double);      \
+    case Dtype::kFloat32:       \
+      return CALL(float);       \
+    case Dtype::kBFloat16:      \
+      return CALL(bf16);        \
+    case Dtype::kFloat16:       \
+      return CALL(f16);         \
+  }                             \
   __builtin_unreachable()
 #endif
 

@@ -157,9 +157,9 @@ VISATTN_INLINE VecD exp2(VecD x) {
   const VecD n = shifted - magic;
   const VecD f = (x - n) * ln2;
   VecD p = broadcast(1. / 6227020800.);
-  constexpr double inverse_factorial[] = {1.,           1.,            1. / 2,         1. / 6,     1. / 24,
-                                          1. / 120,     1. / 720,      1. / 5040,      1. / 40320, 1. / 362880,
-                                          1. / 3628800, 1. / 39916800, 1. / 479001600};
+  constexpr double inverse_factorial[] = {
+      1.,        1.,         1. / 2,      1. / 6,       1. / 24,       1. / 120,      1. / 720,
+      1. / 5040, 1. / 40320, 1. / 362880, 1. / 3628800, 1. / 39916800, 1. / 479001600};
 #pragma GCC unroll 16
   for (int i = 12; i >= 0; --i) p = p * f + inverse_factorial[i];
   // The low bits of `shifted` hold n in two's complement.
@@ -169,8 +169,6 @@ VISATTN_INLINE VecD exp2(VecD x) {
 
 VISATTN_INLINE float natural_log(float x) { return __builtin_logf(x); }
 VISATTN_INLINE double natural_log(double x) { return __builtin_log(x); }
-
-
 
 // Conversions of stored elements.
 VISATTN_INLINE float widen(float x) { return x; }

@@ -6,6 +6,7 @@
 // packed once into a panel, channels by lanes.
 #pragma once
 
+#include "../problem.h"
 #include "product.h"
 
 namespace visattn::cpu::VISATTN_ISA {
@@ -33,6 +34,13 @@ struct Rows {
   int64_t n;
   int64_t channels, stride;
 
+  // Whether the positions follow one another without a gap, as in a map of one head.
+  bool contiguous() const {
+    bool yes = stride == 1;
+    for (int64_t i = 1; i < n; ++i) yes &= offset[i] - offset[i - 1] == channels;
+    return yes;
+  }
+
   // Whether positions are adjacent in memory but channels are not: then channel by channel is the way to read.
   bool positions_innermost() const { return stride != 1 && n > 1 && offset[1] - offset[0] == 1; }
 };
@@ -46,13 +54,25 @@ VISATTN_INLINE void for_runs(const int64_t* offset, int64_t n, F copy) {
   }
 }
 
+// Narrow heads make short runs: with AVX-512, masks take the place of a scalar tail.
 template <class T, class Acc>
 VISATTN_INLINE void widen_run(const T* from, Acc* to, int64_t n) {
   int64_t i = 0;
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 2 && !__is_same(T, bf16))
-    for (; i + 16 <= n; i += 16)
-      _mm512_storeu_ps((float*)to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(from + i))));
+  if constexpr (sizeof(Acc) == 4) {
+    for (; i < n; i += 16) {
+      const __mmask16 mask = __mmask16(n - i >= 16 ? 0xffff : (1 << (n - i)) - 1);
+      __m512 x;
+      if constexpr (__is_same(T, float))
+        x = _mm512_maskz_loadu_ps(mask, from + i);
+      else if constexpr (__is_same(T, bf16))
+        x = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from + i)), 16);
+      else
+        x = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from + i));
+      _mm512_mask_storeu_ps(to + i, mask, x);
+    }
+    return;
+  }
 #elif defined(__AVX2__)
   if constexpr (sizeof(T) == 2 && !__is_same(T, bf16))
     for (; i + 8 <= n; i += 8)
@@ -61,12 +81,23 @@ VISATTN_INLINE void widen_run(const T* from, Acc* to, int64_t n) {
   for (; i < n; ++i) to[i] = widen(from[i]);
 }
 
+#if defined(__AVX512BF16__)
+VISATTN_INLINE void interleave(const bf16* a, const bf16* b, uint32_t* to, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 mask = __mmask16(n - i >= 16 ? 0xffff : (1 << (n - i)) - 1);
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, a + i));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, b + i));
+    _mm512_mask_storeu_epi32(to + i, mask, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+}
+#endif
+
 // What is staged, with the strides by which a product reads it.
 template <class M>
 struct Staged {
   const typename M::Elem* data;
-  Strides scores, sums;         // rows are positions; rows are channels
-  int64_t scores_k, sums_k;     // length of the products' inner dimension
+  Strides scores, sums;      // rows are positions; rows are channels
+  int64_t scores_k, sums_k;  // length of the products' inner dimension
 };
 
 // Which of the two products a block is staged for. Plain arithmetic serves both with one copy.
@@ -87,6 +118,10 @@ VISATTN_INLINE Staged<M> stage(const Rows<T>& from, Use use, typename M::Elem* t
           widen_run(from.data + from.offset[i] + c * stride, to + c * kBlock + i, count);
         });
       return {to, {1, kBlock}, {kBlock, 1}, channels, n};
+    }
+    if (from.contiguous()) {  // [position][channel], as in the source
+      widen_run(from.data + from.offset[0], to, n * channels);
+      return {to, {channels, 1}, {1, channels}, channels, n};
     }
     for (int64_t r = 0; r < n; ++r) {  // [position][channel]
       const T* row = from.data + from.offset[r];
@@ -137,7 +172,7 @@ VISATTN_INLINE Staged<M> stage(const Rows<T>& from, Use use, typename M::Elem* t
       if (2 * r + 1 < n) {
         const T* b = from.data + from.offset[2 * r + 1];
         if (stride == 1)
-          for (int64_t c = 0; c < channels; ++c) target[c] = a[c].bits | uint32_t(b[c].bits) << 16;
+          interleave(a, b, target, channels);
         else
           for (int64_t c = 0; c < channels; ++c) target[c] = a[c * stride].bits | uint32_t(b[c * stride].bits) << 16;
       } else {
@@ -170,8 +205,7 @@ VISATTN_INLINE void pack_panel(const Rows<T>& from, typename M::Elem* panel) {
     } else {
       for (int64_t c = 0; c + 1 < from.channels; c += 2)
         panel[c / 2 * L + l] = row[c * from.stride].bits | uint32_t(row[(c + 1) * from.stride].bits) << 16;
-      if (from.channels % 2)
-        panel[from.channels / 2 * L + l] = row[(from.channels - 1) * from.stride].bits;
+      if (from.channels % 2) panel[from.channels / 2 * L + l] = row[(from.channels - 1) * from.stride].bits;
     }
   }
 }
@@ -181,8 +215,7 @@ template <class M, class T>
 VISATTN_INLINE void unpack_panel(const typename M::Acc* panel, const typename M::Acc* factor, T* data,
                                  const int64_t* offset, int64_t n, int64_t channels, int64_t stride) {
   for (int64_t l = 0; l < n; ++l)
-    for (int64_t c = 0; c < channels; ++c)
-      narrow(panel[c * kTile<M> + l] * factor[l], data + offset[l] + c * stride);
+    for (int64_t c = 0; c < channels; ++c) narrow(panel[c * kTile<M> + l] * factor[l], data + offset[l] + c * stride);
 }
 
 // Prepare a panel of weights [position][lane] as the right factor of a sum over positions: pairs of rows, rounded to
@@ -196,8 +229,9 @@ VISATTN_INLINE const typename M::Elem* pack_weights([[maybe_unused]] const typen
   } else {
 #if defined(__AVX512BF16__)
     constexpr int L = kTile<M>;
-    alignas(64) static constexpr uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                             8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    alignas(64) static constexpr uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                             21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                             11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i order = _mm512_load_si512(kInterleave);
     for (int64_t r = 0; r < n; r += 2)
       for (int v = 0; v < vectors; ++v) {

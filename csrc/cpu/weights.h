@@ -64,8 +64,8 @@ struct Weights {
       for (int64_t first = 0; first < n_queries; first += kBlock, ++block) {
         const int64_t n = min(kBlock, n_queries - first);
         query_offsets(call, call.q, whole(p.queries), first, n, s.walked);
-        const Staged<M> q = stage<M>(Rows<T>{at<T>(call.q, b, head), s.walked, n, p.head_dim, call.q.channel},
-                                     Use::kScores, s.queries);
+        const Staged<M> q =
+            stage<M>(Rows<T>{at<T>(call.q, b, head), s.walked, n, p.head_dim, call.q.channel}, Use::kScores, s.queries);
         GradKeyValue<T>::load_block(call.maximum, statistics, b, head, first, n, s.walked, s.maximum);
         GradKeyValue<T>::load_block(call.inverse, statistics, b, head, first, n, s.walked, s.inverse);
         for (int t = 0; t < panels; ++t) {
@@ -86,9 +86,9 @@ struct Weights {
           }
           if (call.weights.data)
             for (int64_t r = 0; r < n; ++r)
-              __builtin_memcpy(at_mutable<Acc>(call.weights, b, head) + (first + r) * call.weights.x + tile.first +
-                                   t * L,
-                               s.scores + r * L, lanes * sizeof(Acc));
+              __builtin_memcpy(
+                  at_mutable<Acc>(call.weights, b, head) + (first + r) * call.weights.x + tile.first + t * L,
+                  s.scores + r * L, lanes * sizeof(Acc));
         }
         if (block % BlockSum<M>::kFlush == BlockSum<M>::kFlush - 1) flush(s);
       }

@@ -59,7 +59,7 @@ def choose(problem: Problem, name: str) -> str:
         raise expected(f"backend to be one of {', '.join(NAMES)}", "backend", repr(name), TypeError)
     if name not in NAMES:
         raise expected(f"backend to be one of {', '.join(NAMES)}", "backend", repr(name), ValueError)
-    refused = []
+    refused: list[str] = []
     for backend in REGISTRY:
         if name not in ("auto", backend.name):
             continue
@@ -84,6 +84,4 @@ def _warn_once(name: str, why: str) -> None:
     """Say once per reason that a slow backend was taken."""
     if why not in _warned:
         _warned.add(why)
-        warnings.warn(
-            f"visattn: falling back to the {name} backend, which stores the whole map ({why})", stacklevel=4
-        )
+        warnings.warn(f"visattn: falling back to the {name} backend, which stores the whole map ({why})", stacklevel=4)
