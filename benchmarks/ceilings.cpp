@@ -43,9 +43,7 @@ typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
 constexpr int kSums = 12;
 constexpr int kDotSums = 20;
 
-double Now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double Now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // The compiler must believe that `x` is read and changed here.
 template <class T>
@@ -167,7 +165,7 @@ double Brgemm(int m, int n, int k, bool packed) {
 }
 
 std::string BrgemmTable() {
-  constexpr int kTiles[][3] = {{32, 64, 8},  {64, 64, 8},   {64, 8, 64},    {64, 64, 32},  {64, 64, 64},
+  constexpr int kTiles[][3] = {{32, 64, 8},   {64, 64, 8},   {64, 8, 64},   {64, 64, 32},  {64, 64, 64},
                                {64, 128, 64}, {128, 64, 64}, {64, 64, 128}, {64, 64, 512}, {64, 512, 64}};
   std::string text = "[";
   for (const auto& [m, n, k] : kTiles) {

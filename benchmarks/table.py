@@ -111,9 +111,12 @@ def _note(notes: list[str], text: str) -> str:
 def everything(report: Report) -> str:
     """Every provider of every cell, the absent ones with their reasons."""
     rows = []
+    never = _absent_throughout(report)
     for cell in report.cells:
         head = [f"`{cell.workload}`", _DTYPES.get(cell.dtype, cell.dtype), _PASSES[cell.which]]
         for entry in cell.entries:
+            if entry.name in never:
+                continue
             times, reason = entry.times, entry.reason.replace("|", "\\|")
             if times is None:
                 rows.append([*head, entry.name, *["–"] * 7, f"{entry.status}: {reason}"])
@@ -137,7 +140,19 @@ def everything(report: Report) -> str:
         "workload", "dtype", "pass", "provider", "median, ms", "p20 – p80, ms", "GFLOP/s", "GB/s", "peak, MB",
         "ratio", "of the floor", "",
     ]  # fmt: skip
-    return f"{caption(report)}\n\n{_rows(header, rows, 4)}"
+    parts = [caption(report), _rows(header, rows, 4)]
+    if never:
+        parts.append(f"Absent throughout: {'; '.join(f'{name} ({reason})' for name, reason in never.items())}.")
+    return "\n\n".join(parts)
+
+
+def _absent_throughout(report: Report) -> dict[str, str]:
+    """Providers that are absent from every cell for one and the same reason, and the reason."""
+    reasons: dict[str, set[str]] = {}
+    for cell in report.cells:
+        for entry in cell.entries:
+            reasons.setdefault(entry.name, set()).add(entry.reason if entry.status == "absent" else "")
+    return {name: min(found) for name, found in reasons.items() if len(found) == 1 and "" not in found}
 
 
 def caption(report: Report) -> str:

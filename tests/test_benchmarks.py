@@ -388,6 +388,9 @@ def test_tables(tmp_path: Path) -> None:
     row = "| `tiny` | fp32 | fwd + bwd | 1.00 | 4.00 sdpa | **4.00×** | 9.00 | 1.00 / 2.00 | 50% exp |"
     assert row in table.compact(report).splitlines()
     everything = table.everything(report)
+    assert "Absent throughout: flex (no backward | here)." in everything
+    other = replace(report.cells[0], which="forward", entries=[Entry("flex", False, "measured", samples=[1e-3])])
+    everything = table.everything(replace(report, cells=[*report.cells, other]))
     assert "| flex | – | – | – | – | – | – | – | absent: no backward \\| here |" in everything
     widths = {line.replace("\\|", "").count("|") for line in everything.splitlines() if line.startswith("|")}
     assert len(widths) == 1
@@ -418,7 +421,7 @@ def test_documents_are_updated_and_checked(tmp_path: Path) -> None:
     text = page.read_text()
     assert text.startswith("a\n<!-- benchmarks:tiny -->\n")
     assert "**4.00×**" in text
-    assert "absent: no backward" in text
+    assert "Absent throughout: flex" in text
     assert "old" not in text
     assert invoke(*command, "--check")[0] == 0
     report_of(tmp_path, ours=2e-3)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -52,12 +53,14 @@ def test_pure_python_install(source: Path, tmp_path: Path) -> None:
         "try: va.attention(q, q, q, backend='cpu')\n"
         "except RuntimeError as error: print(error)\n"
     )
-    text = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(target))
+    # -S: an editable install of this checkout would lend its extension
+    python, path = (sys.executable, "-S"), os.pathsep.join([str(target), sysconfig.get_path("purelib")])
+    text = run(*python, "-c", code, cwd=tmp_path, PYTHONPATH=path)
     assert str(target) in text
     assert re.search(r"^cpu +no: the extension visattn_kernels._C was not built", text, re.M)
     assert re.search(r"^reference +yes, taken", text, re.M)
     assert "It cannot: the extension visattn_kernels._C was not built" in text
-    info = run(sys.executable, "-m", "visattn_kernels", "info", cwd=tmp_path, PYTHONPATH=str(target))
+    info = run(*python, "-m", "visattn_kernels", "info", cwd=tmp_path, PYTHONPATH=path)
     assert "was not built" in " ".join(info.split())
 
 

@@ -91,5 +91,5 @@ def attention_received(q: torch.Tensor, k: torch.Tensor, pattern: Pattern, *, sc
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     probabilities, _ = weights(logits(q.to(dtype), k.to(dtype), pattern, scale=scale))
     per_head = probabilities.sum((2, 3))  # [B, heads, Hk, Wk]
-    groups = (per_head.shape[0], k.shape[3], -1, *per_head.shape[2:])
+    groups = (q.shape[0], k.shape[3], q.shape[3] // k.shape[3], *per_head.shape[2:])
     return per_head.reshape(groups).sum(2).permute(0, 2, 3, 1)
