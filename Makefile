@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT := out
 CPP := $(shell git ls-files 'csrc/**/*.cpp' 'csrc/**/*.h' 'csrc/*.h' 'csrc/**/*.cu' 'csrc/**/*.cuh' 2>/dev/null)
 
-.PHONY: build demo test lint format bench gpu clean
+.PHONY: build demo pictures test lint format bench gpu clean
 
 # ninja decides what is out of date, so the build runs every time.
 build: $(VENV)/.installed
@@ -26,6 +26,12 @@ demo: build
 	$(BIN)/visattn attend --output $(OUT)/attend.png
 	$(BIN)/visattn map --at 60,60 --at 120,230 --at 190,60 --output $(OUT)/map.png
 	@echo "Look at $(OUT)/attend.png and $(OUT)/map.png"
+
+# The pictures of the README: those of the demo, at half size in 256 colours.
+pictures: demo
+	@mkdir -p docs/pictures
+	for name in attend map; do $(BIN)/python -c "from PIL import Image; p = Image.open('$(OUT)/$$name.png').convert('RGB'); \
+	  p.reduce(2).quantize(256).save('docs/pictures/$$name.png', optimize=True)"; done
 
 test: build
 	$(BIN)/python -m pytest

@@ -137,7 +137,8 @@ def run(
     _check_target(to)
     load = os.getloadavg()[0]
     if load > 0.5:
-        err.print(f"[yellow]the load average is {load:.1f}: other programs are running, so trust ratios alone[/]")
+        # Not even ratios hold then: peers whose threads wait for each other suffer most.
+        err.print(f"[yellow]the load average is {load:.1f}: other programs run too; measure again when it is quiet[/]")
     try:
         with _Screen() as screen:
             report = run_plan(plan, screen)
