@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT := out
-CPP := $(shell git ls-files 'csrc/**/*.cpp' 'csrc/**/*.h' 'csrc/*.h' 'csrc/**/*.cu' 'csrc/**/*.cuh' 2>/dev/null)
+CPP := $(shell git ls-files 'csrc/**/*.cpp' 'csrc/**/*.h' 'csrc/*.h' 'benchmarks/*.cpp' 'csrc/**/*.cu' 'csrc/**/*.cuh' 2>/dev/null)
 
 .PHONY: build demo pictures test lint format bench gpu clean
 

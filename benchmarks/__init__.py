@@ -7,7 +7,8 @@
     python -m benchmarks plot                           a picture of the ratios
     python -m benchmarks compare --base REV             this working tree against a revision
     python -m benchmarks list                           workloads, providers, and why any is absent
-    python -m benchmarks ceilings --brgemm              what this CPU can do at most
+    python -m benchmarks ceilings                       what this CPU can do at most
+    python -m benchmarks products                       the engine's inner product against torch's
 
 Reading order: `workloads`, `cases`, `providers`, `verify`, `measure`, `peak`, `ceilings`, `results`, `runner`,
 `table`, `plot`, `compare`, `cli`; `machine` says what it was measured on.

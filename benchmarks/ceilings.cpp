@@ -2,7 +2,6 @@
 //   fma     float32 multiply-adds, two operations each
 //   dot     bfloat16 dot products with float32 sums, where the CPU has them
 //   exp2    a degree-5 polynomial with its range reduction: what a softmax can hope for
-// With -DWITH_BRGEMM also the library's micro-kernel at::native::cpublas::brgemm at tile sizes, on one thread.
 //
 // benchmarks/ceilings.py builds it with -O3 -march=native and reads the JSON that it prints.
 // Run by hand: g++ -O3 -march=native -ffp-contract=fast -pthread ceilings.cpp && ./a.out THREADS
@@ -21,11 +20,6 @@
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
-#ifdef WITH_BRGEMM
-#include <ATen/native/CPUBlas.h>
-#include <c10/util/BFloat16.h>
-#endif
-
 namespace {
 
 #if defined(__AVX512F__)
@@ -147,44 +141,6 @@ double Rate(int threads, double (*block)()) {
   return best;
 }
 
-#ifdef WITH_BRGEMM
-template <class T>
-double Brgemm(int m, int n, int k, bool packed) {
-  std::vector<T> a(m * k, T(0.5f)), b(k * n, T(0.25f));
-  std::vector<float> c(m * n);
-  const int repeats = 1 + static_cast<int>(1e8 / (2.0 * m * n * k));
-  double best = 0;
-  for (int round = 0; round < 7; ++round) {
-    const double start = Now();
-    for (int i = 0; i < repeats; ++i) {
-      at::native::cpublas::brgemm(m, n, k, k, n, n, false, a.data(), b.data(), c.data(), packed);
-    }
-    best = std::max(best, 2.0 * m * n * k * repeats / (Now() - start));
-  }
-  return best;
-}
-
-std::string BrgemmTable() {
-  constexpr int kTiles[][3] = {{32, 64, 8},   {64, 64, 8},   {64, 8, 64},   {64, 64, 32},  {64, 64, 64},
-                               {64, 128, 64}, {128, 64, 64}, {64, 64, 128}, {64, 64, 512}, {64, 512, 64}};
-  std::string text = "[";
-  for (const auto& [m, n, k] : kTiles) {
-    const double wide = Brgemm<float>(m, n, k, false);
-    double narrow = 0;
-    try {
-      narrow = Brgemm<c10::BFloat16>(m, n, k, true);
-    } catch (const std::exception&) {  // this CPU has no bfloat16 micro-kernel
-    }
-    char line[160];
-    std::snprintf(line, sizeof line, "%s{\"m\": %d, \"n\": %d, \"k\": %d, \"float32\": %.4g, \"bfloat16\": %.4g}",
-                  text.size() > 1 ? ", " : "", m, n, k, wide, narrow);
-    text += line;
-  }
-  at::native::cpublas::brgemm_release(false);
-  return text + "]";
-}
-#endif
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -193,8 +149,5 @@ int main(int argc, char** argv) {
   std::printf(", \"fma\": %.6g", Rate(threads, FmaBlock));
   std::printf(", \"dot\": %.6g", Rate(threads, DotBlock));
   std::printf(", \"exp2\": %.6g", Rate(threads, Exp2Block));
-#ifdef WITH_BRGEMM
-  std::printf(", \"brgemm\": %s", BrgemmTable().c_str());
-#endif
   std::printf("}\n");
 }

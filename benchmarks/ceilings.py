@@ -123,29 +123,34 @@ def _copy(count: int = 2**26) -> float:
 
 
 @cache
-def run_program(threads: int, brgemm: bool = False) -> dict[str, Any] | None:
-    """What `ceilings.cpp` prints; None without a compiler, or where it does not build.
+def run_program(threads: int) -> dict[str, Any] | None:
+    """What `ceilings.cpp` prints; None without a compiler, or where it does not build."""
+    found = build_and_run(SOURCE, str(threads))
+    assert found is None or isinstance(found, dict)
+    return found
+
+
+def build_and_run(source: Path, *arguments: str, with_torch: bool = False) -> Any:
+    """Build a program for this CPU and read the JSON that it prints; None if it does not build or run.
 
     Args:
-        threads: run at once.
-        brgemm: also measure the library's micro-kernel, with torch linked in.
+        source: a C++ file.
+        arguments: of the program.
+        with_torch: link torch's libraries.
     """
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         return None
-    command = [compiler, "-std=c++20", "-O3", "-march=native", "-ffp-contract=fast", "-pthread", str(SOURCE)]
-    if brgemm:
+    command = [compiler, "-std=c++20", "-O3", "-march=native", "-ffp-contract=fast", "-pthread", "-w", str(source)]
+    if with_torch:
         torch_root = Path(torch.__file__).parent
         lib = torch_root / "lib"
-        command += ["-DWITH_BRGEMM", f"-I{torch_root / 'include'}"]
-        command += [f"-L{lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}"]
+        command += [f"-I{torch_root / 'include'}", f"-L{lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}"]
     with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder) / "ceilings"
+        program = Path(folder) / "program"
         try:
             subprocess.run([*command, "-o", str(program)], check=True, capture_output=True, text=True)
-            done = subprocess.run([str(program), str(threads)], check=True, capture_output=True, text=True)
+            done = subprocess.run([str(program), *arguments], check=True, capture_output=True, text=True)
         except subprocess.CalledProcessError:
             return None
-    found = json.loads(done.stdout)
-    assert isinstance(found, dict)
-    return found
+    return json.loads(done.stdout)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import ceilings, compare, plot, providers, table, workloads
+from benchmarks import ceilings, compare, plot, products, providers, table, workloads
 from benchmarks.cases import PASSES, Case, Pass
 from benchmarks.machine import ROOT
 from benchmarks.measure import Budget, summary
@@ -368,7 +368,6 @@ def _table(*columns: str) -> Table:
 @app.command("ceilings")
 def ceilings_command(
     threads: Threads = None,
-    brgemm: Annotated[bool, typer.Option("--brgemm", help="Also torch's micro-kernel at tile sizes.")] = False,
 ) -> None:
     """Measure this CPU's ceilings: multiply-adds, bfloat16 products, exponentials, copies."""
     count = threads or torch.get_num_threads()
@@ -382,12 +381,16 @@ def ceilings_command(
     ):
         shown.add_row(name, f"{rate / 1e9:.1f} {unit}", f"{rate / count / 1e9:.1f} {unit}")
     out.print(shown)
-    if brgemm:
-        found = ceilings.run_program(count, brgemm=True)
-        if found is None:
-            raise _fail("ceilings.cpp does not build against torch here")
-        shown = _table("brgemm M×N×K, one thread", "float32, GFLOP/s", "bfloat16, GFLOP/s")
-        for row in found["brgemm"]:
-            shape = f"{row['m']}×{row['n']}×{row['k']}"
-            shown.add_row(shape, f"{row['float32'] / 1e9:.0f}", f"{row['bfloat16'] / 1e9:.0f}")
-        out.print(shown)
+
+
+@app.command("products")
+def products_command() -> None:
+    """Measure the engine's inner product against torch's micro-kernel at tile sizes; writes results/products.json."""
+    try:
+        found = products.measure()
+    except RuntimeError as error:
+        raise _fail(error) from error
+    shown = _table("rows × depth", *products.COLUMNS)
+    for row in found["products"]:
+        shown.add_row(f"{row['rows']}×{row['depth']}", *(f"{row[column]:.0f}" for column in products.COLUMNS))
+    out.print(shown)

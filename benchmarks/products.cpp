@@ -2,7 +2,7 @@
 // tile sizes that attention has: scores (64 keys x 64 queries, depth D) and sums (Dv x 64 queries, depth 64). Prints
 // JSON. `python -m benchmarks products` builds and runs it; it needs AVX-512 with bfloat16.
 #define VISATTN_ISA measured
-#include "../csrc/cpu/product.h"
+#include "../csrc/cpu/product.h"  // of the engine, compiled for this CPU
 
 #include <ATen/native/CPUBlas.h>
 
@@ -28,7 +28,8 @@ double rate(double flops, F run) {
 
 int main() {
   constexpr int kLanes = 64;
-  const int sizes[][2] = {{49, 8}, {49, 32}, {64, 8}, {64, 32}, {64, 64}, {64, 80}, {64, 512}, {8, 64}, {32, 64}, {512, 64}};
+  const int sizes[][2] = {{49, 8},  {49, 32},  {64, 8}, {64, 32}, {64, 64},
+                          {64, 80}, {64, 512}, {8, 64}, {32, 64}, {512, 64}};
   std::printf("[");
   for (const auto& size : sizes) {
     const int rows = size[0], depth = size[1];
@@ -41,16 +42,15 @@ int main() {
     const double ours = rate(flops, [&] {
       engine::product<engine::Plain<float>, false>(4, a.data(), scores, rows, depth, b.data(), c.data(), 1.f);
     });
-    const double library = rate(flops, [&] {
-      brgemm(rows, kLanes, depth, depth, kLanes, kLanes, false, a.data(), b.data(), c.data(), false);
-    });
+    const double library = rate(
+        flops, [&] { brgemm(rows, kLanes, depth, depth, kLanes, kLanes, false, a.data(), b.data(), c.data(), false); });
     const double ours_half = rate(flops, [&] {
       engine::product<engine::Pairs, false>(4, a2.data(), pairs, rows, depth / 2, b2.data(), c.data(), 1.f);
     });
-    const double library_half = rate(
-        flops, [&] { brgemm(rows, kLanes, depth, depth, kLanes, kLanes, false, ha, hb, c.data(), true); });
-    std::printf("%s\n  {\"rows\": %d, \"depth\": %d, \"float32\": %.1f, \"float32_brgemm\": %.1f, ", &size == sizes ? "" : ",",
-                rows, depth, ours, library);
+    const double library_half =
+        rate(flops, [&] { brgemm(rows, kLanes, depth, depth, kLanes, kLanes, false, ha, hb, c.data(), true); });
+    std::printf("%s\n  {\"rows\": %d, \"depth\": %d, \"float32\": %.1f, \"float32_brgemm\": %.1f, ",
+                &size == sizes ? "" : ",", rows, depth, ours, library);
     std::printf("\"bfloat16\": %.1f, \"bfloat16_brgemm\": %.1f}", ours_half, library_half);
   }
   std::printf("\n]\n");

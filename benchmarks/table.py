@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks import products
 from benchmarks.results import FOLDER, Cell, Entry, Report, load, write_whole
 
 _BLOCK = re.compile(r"(<!-- benchmarks:(?P<name>[\w.-]+(?::all)?) -->\n).*?(<!-- /benchmarks:(?P=name) -->)", re.DOTALL)
@@ -182,6 +183,8 @@ def render(name: str, find: Callable[[str], Report]) -> str:
         name: of the block, such as "cpu" or "cpu:all".
         find: gives the report of a name.
     """
+    if name == products.RESULTS.stem:
+        return products.table()
     stem, _, kind = name.partition(":")
     return everything(find(stem)) if kind else compact(find(stem))
 

@@ -36,7 +36,9 @@ struct Call {
   Map out, lse;  // lse and delta have one channel
   Map grad_out, grad_lse, delta;
   Map grad_q, grad_k, grad_v;
-  Map maximum, inverse;             // of each query's softmax: weights are 2^(score - maximum) * inverse
+  Map running_q;             // the sum that becomes grad_q, shaped like it, channels contiguous
+  int32_t* turns = nullptr;  // [B, heads, blocks of queries], zero at first: how many tiles have added to running_q
+  Map maximum, inverse;      // of each query's softmax: weights are 2^(score - maximum) * inverse
   const int64_t* points = nullptr;  // [n_points, 2], (y, x): the queries of `weights`
   int64_t n_points = 0;
   Map weights;   // [B, points, heads, Hk, Wk]: x counts points, keys are contiguous

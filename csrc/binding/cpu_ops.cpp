@@ -101,13 +101,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   call.out = map_of(out), call.lse = map_of(lse);
   call.grad_out = map_of(grad_out), call.grad_lse = map_of(grad_lse), call.delta = map_of(delta);
   if (needs & 3) run(call, Pass::kDelta);
+  std::vector<int32_t> turns;
+  Tensor running_q = grad_q;  // in its own dtype where that is the dtype of sums
   if (needs & 1) {
-    call.grad_q = map_of(grad_q);
-    run(call, Pass::kGradQuery);
+    turns.resize(p.batch * p.heads * ((p.queries.size() + cpu::kBlock - 1) / cpu::kBlock));
+    if (dtype != sums) running_q = empty(q, shape(q), sums);
+    call.grad_q = map_of(grad_q), call.running_q = map_of(running_q), call.turns = turns.data();
   }
   if (needs & 2) call.grad_k = map_of(grad_k);
   if (needs & 4) call.grad_v = map_of(grad_v);
-  if (needs & 6) run(call, Pass::kGradKeyValue);
+  if (needs & 7) run(call, Pass::kBackward);
   return {grad_q, grad_k, grad_v, none(), none(), none(), none(), none(), none(), none(), none()};
 }
 

@@ -1,12 +1,17 @@
-// Backward: weights are computed again from lse, in two passes that each write their own results, so that nothing is
-// added from two threads and every gradient is the same for any number of them.
+// Backward: weights are computed again from lse, with keys resident and queries walked.
 //
 //     P = 2^(S - lse)      dP = dO V^T      dS = P * (dP - delta)      delta_i = out_i · dO_i - dlse_i
 //
-//     queries resident:  dQ  = scale * sum over keys of dS k_j                   (3 products)
-//     keys resident:     dV  = sum over queries of P dO_i                        (4 products)
-//                        dK  = scale * sum over queries of dS q_i
+//     dV[j] = sum_i P dO_i      dK[j] = scale * sum_i dS q_i      dQ[i] = scale * sum_j dS k_j       5 products
+//
+// dV and dK are sums over the walk and stay with the tile. dQ is a sum over tiles: each adds the share of its panels in
+// a block of queries to a running sum in memory, panel after panel, in the order of the tiles. A counter per block says
+// whose turn it is, so that no two threads add at once and the order of additions, hence every bit, is the same however
+// keys are cut into tiles. Tiles are handed out in their order, so a tile waits only for tiles that are being worked
+// on, and there is no deadlock.
 #pragma once
+
+#include <sched.h>
 
 #include "tile.h"
 
@@ -36,132 +41,36 @@ VISATTN_INLINE Acc lse2(Acc lse) {
   return lse == -Acc(__builtin_inf()) ? Acc(__builtin_inf()) : lse * Acc(kLog2E);
 }
 
-template <class T>
-struct GradQuery {
-  using M = typename Arithmetic<T>::Type;
-  using Acc = typename M::Acc;
-  using Elem = typename M::Elem;
-  static constexpr int L = kTile<M>, W = kLanes<Acc>;
-
-  struct Scratch {
-    Elem *queries, *grads, *key_scores, *key_sums, *values, *weights;
-    Acc *scores, *grad_weights, *lse, *delta, *factor;
-    int64_t *offset, *walked;
-    BlockSum<M> grad[kPanels];
-
-    Scratch(Arena& arena, const Problem& p)
-        : queries(arena.take<Elem>(kPanels * panel_elements<M>(p.head_dim))),
-          grads(arena.take<Elem>(kPanels * panel_elements<M>(p.value_dim))),
-          key_scores(arena.take<Elem>(staged_elements<M>(p.head_dim))),
-          key_sums(arena.take<Elem>(staged_elements<M>(p.head_dim))),
-          values(arena.take<Elem>(staged_elements<M>(p.value_dim))),
-          weights(arena.take<Elem>(kBlock / 2 * L)),
-          scores(arena.take<Acc>(kBlock * L)),
-          grad_weights(arena.take<Acc>(kBlock * L)),
-          lse(arena.take<Acc>(kPanels * L)),
-          delta(arena.take<Acc>(kPanels * L)),
-          factor(arena.take<Acc>(L)),
-          offset(arena.take<int64_t>(kPanels * L)),
-          walked(arena.take<int64_t>(kBlock)),
-          grad{{arena, p.head_dim}, {arena, p.head_dim}, {arena, p.head_dim}, {arena, p.head_dim}} {}
-  };
-
-  static Tiling<M> tiling(const Call& call, int threads) {
-    return {call.problem.queries.size(), call.problem.batch * call.problem.heads, threads};
-  }
-
-  static int64_t items(const Call& call, int threads) {
-    return tiling(call, threads).tiles * call.problem.batch * call.problem.heads;
-  }
-
-  static void run(const Call& call, int threads, int64_t item, Arena arena) {
-    const Problem& p = call.problem;
-    Scratch s(arena, p);
-    const Tiling<M> tiles = tiling(call, threads);
-    const Tile tile = tiles[item % tiles.tiles];
-    const int64_t head = item / tiles.tiles % p.heads, b = item / tiles.tiles / p.heads;
-    const int64_t kv_head = head / p.group();
-    const int panels = int(ceil_div(tile.count, L));
-    const Acc factor = Acc(p.scale * kLog2E);
-    const Box queries = whole(p.queries);
-
-    offsets(call.q, queries, tile.first, tile.count, s.offset);
-    for (int t = 0; t < panels; ++t)
-      pack_panel<M>(
-          Rows<T>{at<T>(call.q, b, head), s.offset + t * L, panel_lanes<M>(tile.count, t), p.head_dim, call.q.channel},
-          s.queries + t * panel_elements<M>(p.head_dim));
-    offsets(call.grad_out, queries, tile.first, tile.count, s.offset);
-    for (int t = 0; t < panels; ++t)
-      pack_panel<M>(Rows<T>{at<T>(call.grad_out, b, head), s.offset + t * L, panel_lanes<M>(tile.count, t), p.value_dim,
-                            call.grad_out.channel},
-                    s.grads + t * panel_elements<M>(p.value_dim));
-    load_lanes(call.lse, queries, b, head, tile, s.offset, s.lse);
-    load_lanes(call.delta, queries, b, head, tile, s.offset, s.delta);
-    for (int64_t l = 0; l < tile.count; ++l) s.lse[l] = lse2(s.lse[l]);
-
-    const Box keys = attended_box(p.pattern, p.keys);
-    int64_t block = 0;
-    for (int64_t first = 0; first < keys.size(); first += kBlock, ++block) {
-      const int64_t n = min(kBlock, keys.size() - first);
-      offsets(call.k, keys, first, n, s.walked);
-      const Rows<T> key_rows{at<T>(call.k, b, kv_head), s.walked, n, p.head_dim, call.k.channel};
-      const Staged<M> k = stage<M>(key_rows, Use::kScores, s.key_scores);
-      const Staged<M> k_sums = M::kPair == 1 ? k : stage<M>(key_rows, Use::kSums, s.key_sums);
-      offsets(call.v, keys, first, n, s.walked);
-      const Staged<M> v = stage<M>(Rows<T>{at<T>(call.v, b, kv_head), s.walked, n, p.value_dim, call.v.channel},
-                                   Use::kScores, s.values);
-      for (int t = 0; t < panels; ++t) {
-        const int vectors = panel_vectors<M>(panel_lanes<M>(tile.count, t));
-        product<M, false>(vectors, k.data, k.scores, n, k.scores_k, s.queries + t * panel_elements<M>(p.head_dim),
-                          s.scores, factor);
-        product<M, false>(vectors, v.data, v.scores, n, v.scores_k, s.grads + t * panel_elements<M>(p.value_dim),
-                          s.grad_weights, Acc(1));
-        for (int i = 0; i < vectors; ++i) {
-          const Vec<Acc> lse = load(s.lse + t * L + i * W), delta = load(s.delta + t * L + i * W);
-          for (int64_t r = 0; r < n; ++r) {
-            Acc* score = s.scores + r * L + i * W;
-            const Vec<Acc> weight = exp2(load(score) - lse);
-            store(score, weight * (load(s.grad_weights + r * L + i * W) - delta));
-          }
-        }
-        s.grad[t].add(block, vectors, k_sums.data, k_sums.sums, k_sums.sums_k,
-                      pack_weights<M>(s.scores, n, vectors, s.weights));
-      }
+// Wait for a tile's turn: a moment if threads keep pace, so spin first.
+VISATTN_INLINE void await_turn(const int32_t* turn, int32_t mine) {
+  for (int spins = 0; __atomic_load_n(turn, __ATOMIC_ACQUIRE) != mine; ++spins) {
+    if (spins > 2000) {
+      sched_yield();
+    } else {
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
     }
-
-    for (int i = 0; i < L; ++i) s.factor[i] = Acc(p.scale);
-    offsets(call.grad_q, queries, tile.first, tile.count, s.offset);
-    for (int t = 0; t < panels; ++t)
-      unpack_panel<M>(s.grad[t].finish(block), s.factor, at_mutable<T>(call.grad_q, b, head), s.offset + t * L,
-                      panel_lanes<M>(tile.count, t), p.head_dim, call.grad_q.channel);
   }
-
-  // One number per query of a tile; lanes that are left over get 0.
-  static void load_lanes(const Map& map, const Box& box, int64_t b, int64_t head, const Tile& tile, int64_t* offset,
-                         Acc* to) {
-    offsets(map, box, tile.first, tile.count, offset);
-    const Acc* from = at<Acc>(map, b, head);
-    for (int64_t l = 0; l < tile.count; ++l) to[l] = from[offset[l]];
-    for (int64_t l = tile.count; l < ceil_div(tile.count, L) * L; ++l) to[l] = 0;
-  }
-};
+}
 
 template <class T>
-struct GradKeyValue {
+struct Backward {
   using M = typename Arithmetic<T>::Type;
   using Acc = typename M::Acc;
   using Elem = typename M::Elem;
   static constexpr int L = kTile<M>, W = kLanes<Acc>;
 
   struct Scratch {
-    Elem *keys, *values, *query_scores, *query_sums, *grad_scores, *grad_sums, *weights;
-    Acc *scores, *grad_weights, *factor, *lse, *delta;
+    Elem *keys, *values, *key_rows, *query_scores, *query_sums, *grad_scores, *grad_sums, *weights;
+    Acc *scores, *grad_weights, *grad_queries, *factor, *lse, *delta;
     int64_t *offset, *walked;
     BlockSum<M> grad_k[kPanels], grad_v[kPanels];
 
     Scratch(Arena& arena, const Problem& p)
         : keys(arena.take<Elem>(kPanels * panel_elements<M>(p.head_dim))),
           values(arena.take<Elem>(kPanels * panel_elements<M>(p.value_dim))),
+          key_rows(arena.take<Elem>(kPanels * row_panel_elements<M>(p.head_dim))),
           query_scores(arena.take<Elem>(staged_elements<M>(p.head_dim))),
           query_sums(arena.take<Elem>(staged_elements<M>(p.head_dim))),
           grad_scores(arena.take<Elem>(staged_elements<M>(p.value_dim))),
@@ -169,6 +78,7 @@ struct GradKeyValue {
           weights(arena.take<Elem>(kBlock / 2 * L)),
           scores(arena.take<Acc>(kBlock * L)),
           grad_weights(arena.take<Acc>(kBlock * L)),
+          grad_queries(arena.take<Acc>(kPanels * ceil_div(p.head_dim, L) * kBlock * L)),
           factor(arena.take<Acc>(L)),
           lse(arena.take<Acc>(kBlock)),
           delta(arena.take<Acc>(kBlock)),
@@ -190,25 +100,27 @@ struct GradKeyValue {
     const Problem& p = call.problem;
     Scratch s(arena, p);
     const Tiling<M> tiles = tiling(call, threads);
-    const Tile tile = tiles[item % tiles.tiles];
-    const int64_t kv_head = item / tiles.tiles % p.kv_heads, b = item / tiles.tiles / p.kv_heads;
+    const int64_t maps = p.batch * p.kv_heads, index = item / maps;  // neighbours in time are of different maps
+    const Tile tile = tiles[index];
+    const int64_t kv_head = item % maps % p.kv_heads, b = item % maps / p.kv_heads;
     const int panels = int(ceil_div(tile.count, L));
     const Acc factor = Acc(p.scale * kLog2E);
-    const Box keys = whole(p.keys);
-    const bool want_k = call.grad_k.data != nullptr, want_v = call.grad_v.data != nullptr;
+    const Box keys = whole(p.keys), queries = attended_box(p.pattern, p.queries);
+    const bool want_q = call.grad_q.data, want_k = call.grad_k.data, want_v = call.grad_v.data;
 
     offsets(call.k, keys, tile.first, tile.count, s.offset);
-    for (int t = 0; t < panels; ++t)
-      pack_panel<M>(Rows<T>{at<T>(call.k, b, kv_head), s.offset + t * L, panel_lanes<M>(tile.count, t), p.head_dim,
-                            call.k.channel},
-                    s.keys + t * panel_elements<M>(p.head_dim));
+    for (int t = 0; t < panels; ++t) {
+      const Rows<T> rows{at<T>(call.k, b, kv_head), s.offset + t * L, panel_lanes<M>(tile.count, t), p.head_dim,
+                         call.k.channel};
+      pack_panel<M>(rows, s.keys + t * panel_elements<M>(p.head_dim));
+      if (want_q) pack_row_panel<M>(rows, s.key_rows + t * row_panel_elements<M>(p.head_dim));
+    }
     offsets(call.v, keys, tile.first, tile.count, s.offset);
     for (int t = 0; t < panels; ++t)
       pack_panel<M>(Rows<T>{at<T>(call.v, b, kv_head), s.offset + t * L, panel_lanes<M>(tile.count, t), p.value_dim,
                             call.v.channel},
                     s.values + t * panel_elements<M>(p.value_dim));
 
-    const Box queries = attended_box(p.pattern, p.queries);
     int64_t block = 0;
     for (int64_t head = kv_head * p.group(); head < (kv_head + 1) * p.group(); ++head)
       for (int64_t first = 0; first < queries.size(); first += kBlock, ++block) {
@@ -216,42 +128,98 @@ struct GradKeyValue {
         offsets(call.q, queries, first, n, s.walked);
         const Rows<T> query_rows{at<T>(call.q, b, head), s.walked, n, p.head_dim, call.q.channel};
         const Staged<M> q = stage<M>(query_rows, Use::kScores, s.query_scores);
-        const Staged<M> q_sums = M::kPair == 1 ? q : stage<M>(query_rows, Use::kSums, s.query_sums);
+        const Staged<M> q_sums = M::kPair == 1 || !want_k ? q : stage<M>(query_rows, Use::kSums, s.query_sums);
         offsets(call.grad_out, queries, first, n, s.walked);
         const Rows<T> grad_rows{at<T>(call.grad_out, b, head), s.walked, n, p.value_dim, call.grad_out.channel};
         const Staged<M> g = stage<M>(grad_rows, Use::kScores, s.grad_scores);
-        const Staged<M> g_sums = M::kPair == 1 ? g : stage<M>(grad_rows, Use::kSums, s.grad_sums);
+        const Staged<M> g_sums = M::kPair == 1 || !want_v ? g : stage<M>(grad_rows, Use::kSums, s.grad_sums);
         load_block(call.lse, queries, b, head, first, n, s.walked, s.lse);
-        load_block(call.delta, queries, b, head, first, n, s.walked, s.delta);
         for (int64_t r = 0; r < n; ++r) s.lse[r] = lse2(s.lse[r]);
+        if (want_q || want_k) load_block(call.delta, queries, b, head, first, n, s.walked, s.delta);
 
         for (int t = 0; t < panels; ++t) {
-          const int vectors = panel_vectors<M>(panel_lanes<M>(tile.count, t));
+          const int64_t lanes = panel_lanes<M>(tile.count, t);
+          const int vectors = panel_vectors<M>(lanes);
           product<M, false>(vectors, q.data, q.scores, n, q.scores_k, s.keys + t * panel_elements<M>(p.head_dim),
                             s.scores, factor);
-          for (int64_t r = 0; r < n; ++r)
-            for (int i = 0; i < vectors; ++i) {
-              Acc* score = s.scores + r * L + i * W;
-              store(score, exp2(load(score) - s.lse[r]));
-            }
+          if (want_q || want_k)
+            product<M, false>(vectors, g.data, g.scores, n, g.scores_k, s.values + t * panel_elements<M>(p.value_dim),
+                              s.grad_weights, Acc(1));
+          differentiate(s, n, vectors, want_q || want_k);
           if (want_v)
             s.grad_v[t].add(block, vectors, g_sums.data, g_sums.sums, g_sums.sums_k,
                             pack_weights<M>(s.scores, n, vectors, s.weights));
-          if (!want_k) continue;
-          product<M, false>(vectors, g.data, g.scores, n, g.scores_k, s.values + t * panel_elements<M>(p.value_dim),
-                            s.grad_weights, Acc(1));
-          for (int64_t r = 0; r < n; ++r)
-            for (int i = 0; i < vectors; ++i) {
-              Acc* score = s.scores + r * L + i * W;
-              store(score, load(score) * (load(s.grad_weights + r * L + i * W) - s.delta[r]));
-            }
-          s.grad_k[t].add(block, vectors, q_sums.data, q_sums.sums, q_sums.sums_k,
-                          pack_weights<M>(s.scores, n, vectors, s.weights));
+          if (want_k)
+            s.grad_k[t].add(block, vectors, q_sums.data, q_sums.sums, q_sums.sums_k,
+                            pack_weights<M>(s.grad_weights, n, vectors, s.weights));
+          if (want_q) sum_grad_queries(s, p.head_dim, t, n, lanes);
         }
+        if (want_q) add_in_turn(call, s, b, head, first, n, panels, index, index == tiles.tiles - 1);
       }
 
     if (want_k) write(call.grad_k, s.grad_k, s, Acc(p.scale), keys, tile, b, kv_head, block, p.head_dim);
     if (want_v) write(call.grad_v, s.grad_v, s, Acc(1), keys, tile, b, kv_head, block, p.value_dim);
+  }
+
+  // Scores to weights P, and dP to dS, in place.
+  static void differentiate(Scratch& s, int64_t n, int vectors, bool want_scores) {
+    for (int64_t r = 0; r < n; ++r)
+      for (int i = 0; i < vectors; ++i) {
+        Acc *score = s.scores + r * L + i * W, *grad = s.grad_weights + r * L + i * W;
+        const Vec<Acc> weight = exp2(load(score) - s.lse[r]);
+        store(score, weight);
+        if (want_scores) store(grad, weight * (load(grad) - s.delta[r]));
+      }
+  }
+
+  // The share of panel t in dQ of a block: [panel][channel / L][query][channel % L].
+  static void sum_grad_queries(Scratch& s, int64_t channels, int t, int64_t n, int64_t lanes) {
+    const Elem* grads = pack_weight_rows<M>(s.grad_weights, n, lanes, s.weights);
+    const Strides strides{L / M::kPair, 1};
+    const Elem* rows = s.key_rows + t * row_panel_elements<M>(channels);
+    for (int64_t c = 0; c * L < channels; ++c) {
+      const int vectors = panel_vectors<M>(min(int64_t(L), channels - c * L));
+      const Elem* right = rows + c * (L / M::kPair) * L;
+      Acc* sum = s.grad_queries + (t * ceil_div(channels, L) + c) * kBlock * L;
+      product<M, false>(vectors, grads, strides, n, ceil_div(lanes, M::kPair), right, sum, Acc(1));
+    }
+  }
+
+  // Add a block's dQ to the running sum when it is tile `index`'s turn; the last tile writes the gradient.
+  static void add_in_turn(const Call& call, Scratch& s, int64_t b, int64_t head, int64_t first, int64_t n, int panels,
+                          int64_t index, bool last) {
+    const Problem& p = call.problem;
+    const Box queries = whole(p.queries);
+    const int64_t blocks = ceil_div(queries.size(), kBlock);
+    int32_t* turn = call.turns + (b * p.heads + head) * blocks + first / kBlock;
+    await_turn(turn, int32_t(index));
+    offsets(call.running_q, queries, first, n, s.walked);
+    Acc* running = at_mutable<Acc>(call.running_q, b, head);
+    const Acc scale = Acc(p.scale);
+    for (int64_t c = 0; c * L < p.head_dim; ++c) {
+      const int64_t columns = min(int64_t(L), p.head_dim - c * L);
+      for (int64_t r = 0; r < n; ++r) {
+        Acc* sum = running + s.walked[r] + c * L;
+        Acc* share = s.grad_queries + (c * kBlock + r) * L;
+        const int64_t panel = ceil_div(p.head_dim, L) * kBlock * L;
+        if (index > 0)
+          for (int64_t d = 0; d < columns; ++d) share[d] = sum[d] + share[d];
+        for (int t = 1; t < panels; ++t)
+          for (int64_t d = 0; d < columns; ++d) share[d] += share[t * panel + d];
+        if (last)
+          for (int64_t d = 0; d < columns; ++d) share[d] *= scale;
+        else
+          for (int64_t d = 0; d < columns; ++d) sum[d] = share[d];
+      }
+    }
+    if (last) {
+      offsets(call.grad_q, queries, first, n, s.walked);
+      T* grad = at_mutable<T>(call.grad_q, b, head);
+      for (int64_t r = 0; r < n; ++r)
+        for (int64_t d = 0; d < p.head_dim; ++d)
+          narrow(s.grad_queries[(d / L * kBlock + r) * L + d % L], grad + s.walked[r] + d * call.grad_q.channel);
+    }
+    __atomic_store_n(turn, int32_t(index + 1), __ATOMIC_RELEASE);
   }
 
   static void load_block(const Map& map, const Box& box, int64_t b, int64_t head, int64_t first, int64_t n,

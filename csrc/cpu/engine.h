@@ -11,13 +11,15 @@ enum class Pass {
   kForward,     // out and lse of the queries
   kStatistics,  // maximum and inverse of the queries, for the two last passes
   kDelta,       // delta_i = out_i · grad_out_i - grad_lse_i
-  kGradQuery,
-  kGradKeyValue,
-  kMap,       // weights of the queries `points`
-  kReceived,  // column sums of the weights
+  kBackward,    // those of grad_q, grad_k and grad_v that have data
+  kMap,         // weights of the queries `points`
+  kReceived,    // column sums of the weights
 };
 
-// A pass is cut into items that write disjoint results and can run in any order on any thread.
+constexpr int kBlock = 64;  // walked positions per block
+
+// A pass is cut into items, to be taken in their order by any number of threads: each writes results of its own, or
+// adds to shared ones in turn.
 struct Work {
   int64_t items;
   int64_t scratch_bytes;  // per thread, 64-byte aligned

@@ -23,10 +23,8 @@ Work plan_as(const Call& call, Pass pass, int threads) {
       return {Forward<T>::items(call, threads), scratch_bytes<T, Forward<T>>(p)};
     case Pass::kDelta:
       return {p.batch * p.queries.h, 0};
-    case Pass::kGradQuery:
-      return {GradQuery<T>::items(call, threads), scratch_bytes<T, GradQuery<T>>(p)};
-    case Pass::kGradKeyValue:
-      return {GradKeyValue<T>::items(call, threads), scratch_bytes<T, GradKeyValue<T>>(p)};
+    case Pass::kBackward:
+      return {Backward<T>::items(call, threads), scratch_bytes<T, Backward<T>>(p)};
     case Pass::kMap:
     case Pass::kReceived:
       return {Weights<T>::items(call, threads), scratch_bytes<T, Weights<T>>(p)};
@@ -43,10 +41,8 @@ void run_as(const Call& call, Pass pass, int threads, int64_t item, void* scratc
       return Forward<T>::run(call, threads, item, arena, pass == Pass::kForward);
     case Pass::kDelta:
       return run_delta<T>(call, item);
-    case Pass::kGradQuery:
-      return GradQuery<T>::run(call, threads, item, arena);
-    case Pass::kGradKeyValue:
-      return GradKeyValue<T>::run(call, threads, item, arena);
+    case Pass::kBackward:
+      return Backward<T>::run(call, threads, item, arena);
     case Pass::kMap:
     case Pass::kReceived:
       return Weights<T>::run(call, threads, item, arena);

@@ -6,12 +6,10 @@
 // packed once into a panel, channels by lanes.
 #pragma once
 
-#include "../problem.h"
+#include "engine.h"
 #include "product.h"
 
 namespace visattn::cpu::VISATTN_ISA {
-
-constexpr int kBlock = 64;  // walked positions per block
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -210,6 +208,33 @@ VISATTN_INLINE void pack_panel(const Rows<T>& from, typename M::Elem* panel) {
   }
 }
 
+template <class M>
+int64_t row_panel_elements(int64_t channels) {
+  return ceil_div(channels, kTile<M>) * (kTile<M> / M::kPair) * kTile<M>;
+}
+
+// Pack the same positions as a right factor whose rows are positions (or pairs of them) and whose lanes are channels,
+// in chunks of kTile channels: [channel / kTile][position / kPair][channel % kTile][position % kPair].
+template <class M, class T>
+VISATTN_INLINE void pack_row_panel(const Rows<T>& from, typename M::Elem* panel) {
+  constexpr int L = kTile<M>;
+  for (int64_t c = 0; c * L < from.channels; ++c) {
+    const int64_t columns = min(int64_t(L), from.channels - c * L);
+    for (int64_t r = 0; r < from.n; r += M::kPair) {
+      typename M::Elem* to = panel + (c * (L / M::kPair) + r / M::kPair) * L;
+      const T* a = from.data + from.offset[r] + c * L * from.stride;
+      if constexpr (M::kPair == 1) {
+        for (int64_t d = 0; d < columns; ++d) to[d] = widen(a[d * from.stride]);
+      } else {
+        const T* b = r + 1 < from.n ? from.data + from.offset[r + 1] + c * L * from.stride : nullptr;
+        for (int64_t d = 0; d < columns; ++d)
+          to[d] = a[d * from.stride].bits | (b ? uint32_t(b[d * from.stride].bits) << 16 : 0);
+      }
+      for (int64_t d = columns; d < L; ++d) to[d] = 0;
+    }
+  }
+}
+
 // Write the first n lanes of a panel of sums to a tensor, times a factor per lane.
 template <class M, class T>
 VISATTN_INLINE void unpack_panel(const typename M::Acc* panel, const typename M::Acc* factor, T* data,
@@ -240,6 +265,27 @@ VISATTN_INLINE const typename M::Elem* pack_weights([[maybe_unused]] const typen
         const __m512 b = r + 1 < n ? _mm512_loadu_ps(p + L) : _mm512_setzero_ps();
         const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b, a);  // a in the low half
         _mm512_storeu_si512(scratch + r / 2 * L + v * 16, _mm512_permutexvar_epi16(order, both));
+      }
+#endif
+    return scratch;
+  }
+}
+
+// The same weights as the left factor of a sum over lanes: pairs of neighbouring lanes, zero from `lanes` on.
+template <class M>
+VISATTN_INLINE const typename M::Elem* pack_weight_rows([[maybe_unused]] const typename M::Acc* weights,
+                                                        [[maybe_unused]] int64_t n, [[maybe_unused]] int64_t lanes,
+                                                        [[maybe_unused]] typename M::Elem* scratch) {
+  if constexpr (M::kPair == 1) {
+    return weights;
+  } else {
+#if defined(__AVX512BF16__)
+    constexpr int L = kTile<M>;
+    for (int64_t r = 0; r < n; ++r)
+      for (int64_t l = 0; l < lanes; l += 16) {
+        const __mmask16 mask = __mmask16(lanes - l >= 16 ? 0xffff : (1 << (lanes - l)) - 1);
+        const __m256i half = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, weights + r * L + l));
+        _mm256_storeu_si256((__m256i*)(scratch + r * (L / 2) + l / 2), half);
       }
 #endif
     return scratch;

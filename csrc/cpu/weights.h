@@ -66,8 +66,8 @@ struct Weights {
         query_offsets(call, call.q, whole(p.queries), first, n, s.walked);
         const Staged<M> q =
             stage<M>(Rows<T>{at<T>(call.q, b, head), s.walked, n, p.head_dim, call.q.channel}, Use::kScores, s.queries);
-        GradKeyValue<T>::load_block(call.maximum, statistics, b, head, first, n, s.walked, s.maximum);
-        GradKeyValue<T>::load_block(call.inverse, statistics, b, head, first, n, s.walked, s.inverse);
+        Backward<T>::load_block(call.maximum, statistics, b, head, first, n, s.walked, s.maximum);
+        Backward<T>::load_block(call.inverse, statistics, b, head, first, n, s.walked, s.inverse);
         for (int t = 0; t < panels; ++t) {
           const int64_t lanes = panel_lanes<M>(tile.count, t);
           const int vectors = panel_vectors<M>(lanes);
