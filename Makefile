@@ -51,9 +51,12 @@ bench: build
 	$(BIN)/python -m benchmarks run
 	$(BIN)/python -m benchmarks table --update README.md
 
-# On a machine with an NVIDIA GPU, with that machine's own torch.
+# On a machine with an NVIDIA GPU, with that machine's own torch, and no network: nothing is installed. A run that was cut
+# short goes on where it stopped. The record is benchmarks/results/cuda.json.
 gpu:
-	$(PYTHON) -m benchmarks gpu
+	@$(PYTHON) -c "import torch, typer, rich" || \
+	  { echo "make gpu needs torch, typer and rich; name a Python that has them: make gpu PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m benchmarks gpu --resume
 
 clean:
 	rm -rf build dist $(OUT) *.egg-info visattn_kernels/*.so
