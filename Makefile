@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT := out
-CPP := $(shell git ls-files 'csrc/**/*.cpp' 'csrc/**/*.h' 'csrc/*.h' 'benchmarks/*.cpp' 'csrc/**/*.cu' 'csrc/**/*.cuh' 2>/dev/null)
+CPP := $(shell find csrc benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: build demo pictures test lint format bench gpu clean
 
@@ -34,7 +34,7 @@ pictures: demo
 	  p.reduce(2).quantize(256).save('docs/pictures/$$name.png', optimize=True)"; done
 
 test: build
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: build
 	$(BIN)/ruff check .
@@ -49,7 +49,8 @@ format: $(VENV)/.requirements
 
 bench: build
 	$(BIN)/python -m benchmarks run
-	$(BIN)/python -m benchmarks table --update README.md
+	$(BIN)/python -m benchmarks products
+	$(BIN)/python -m benchmarks table --update README.md --update docs/performance.md
 
 # On a machine with an NVIDIA GPU, with that machine's own torch, and no network: nothing is installed. A run that was cut
 # short goes on where it stopped. The record is benchmarks/results/cuda.json.

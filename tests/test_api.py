@@ -62,7 +62,18 @@ BAD = [
     ("points", lambda q, k, v: va.attention_map(q, k, [(3, 0)]), ValueError, r"0 <= y < 3 and 0 <= x < 4.*\(3, 0\)"),
     ("points", lambda q, k, v: va.attention_map(q, k, [(0, -1)]), ValueError, r"at=\(0, -1\)"),
     ("points", lambda q, k, v: va.attention_map(q, k, [(0.5, 1)]), TypeError, "pairs of integers"),
-    ("points", lambda q, k, v: va.attention_map(q, k, [(0, 1, 2)]), ValueError, r"at.shape=\[1, 3\]"),
+    ("points", lambda q, k, v: va.attention_map(q, k, [(0, 1, 2)]), ValueError, r"at=\[\(0, 1, 2\)\]"),
+    ("points", lambda q, k, v: va.attention_map(q, k, torch.zeros(1, 3).int()), ValueError, r"at.shape=\[1, 3\]"),
+    ("points", lambda q, k, v: va.attention_map(q, k, torch.zeros(1, 2)), TypeError, "at.dtype=torch.float32"),
+    ("points", lambda q, k, v: va.attention_map(q, k, {(0, 0)}), TypeError, "a sequence of pairs"),
+    (
+        "nested",
+        lambda q, k, v: va.attention(torch.nested.nested_tensor([q[0]], layout=torch.jagged), k, v),
+        RuntimeError,
+        "nested",
+    ),
+    ("explain", lambda q, k, v: va.explain(q), TypeError, "k=NoneType"),
+    ("explain", lambda q, k, v: va.explain(q, k, v, terms=5), TypeError, "terms=5"),
     ("points", lambda q, k, v: va.attention_map(q, k, [(0, 1), 2]), TypeError, "pairs"),
     ("points", lambda q, k, v: va.attention_map(q, k, 3), TypeError, "at=3"),
     ("heads_last", lambda q, k, v: va.heads_last(q), RuntimeError, r"x of shape \[B, C, H, W\]"),
@@ -149,6 +160,12 @@ def test_merge_is_exact_over_disjoint_keys() -> None:
     cuts = [0, 2, 3, 9]
     parts = [va.attention(q, k[:, a:b], v[:, a:b], return_lse=True) for a, b in itertools.pairwise(cuts)]
     torch.testing.assert_close(va.merge(parts), whole, rtol=1e-13, atol=1e-13)
+    nan = torch.full_like(whole[0], torch.nan), torch.full_like(whole[1], -torch.inf)
+    torch.testing.assert_close(va.merge([nan, *parts]), whole, rtol=1e-13, atol=1e-13)  # what has no weight never leaks
+    leaf = torch.full_like(whole[1], -torch.inf).requires_grad_()
+    va.merge([(whole[0], leaf), (whole[0], leaf)])[0].sum().backward()
+    assert leaf.grad is not None
+    assert leaf.grad.eq(0).all()
     nothing = torch.zeros_like(whole[0]), torch.full_like(whole[1], -torch.inf)
     torch.testing.assert_close(va.merge([nothing, *parts]), whole, rtol=1e-13, atol=1e-13)
     assert torch.equal(va.merge([nothing])[0], nothing[0])

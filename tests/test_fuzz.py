@@ -142,3 +142,20 @@ def test_raw_operators_refuse_what_does_not_fit(data: st.DataObject) -> None:
 def test_any_scale_is_a_number(scale: float) -> None:
     q = torch.ones(GOOD, requires_grad=True)
     va.attention(q, q, q, scale=scale, backend="cpu").sum().backward()
+
+
+@pytest.mark.parametrize("width", [2**17, 2**40, 2**56, 2**61, 2**62])
+@pytest.mark.parametrize("name", ["D", "Dv", "grid"])
+def test_huge_expanded_tensors_are_refused(width: int, name: str) -> None:
+    """Sizes whose products leave 64 bits: an error, and no access out of bounds."""
+    one = torch.zeros(())
+    q = k = one.expand(1, 1, 1, 1, width if name == "D" else 1)
+    v = one.expand(1, 1, 1, 1, width if name == "Dv" else 1)
+    if name == "grid":
+        k = v = one.expand(1, width, 2**31, 1, 1) if width < 2**32 else one.expand(1, width, 1, 1, 1)
+    for call in (
+        lambda: ops.operator("cpu", "forward")(q, k, v, *ops.NO_TERMS, 1.0, 1.0, 1.0, va.Global().encode()),
+        lambda: va.attention(q, k, v, backend="cpu"),
+    ):
+        with pytest.raises(RuntimeError, match="visattn: expected|[Ii]nvalid|overflow|too large"):
+            call()

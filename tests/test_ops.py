@@ -73,23 +73,30 @@ def test_no_recompilation_across_batch_sizes() -> None:
     assert counter.frame_count == 1
 
 
-def test_no_graph_break_in_every_public_function() -> None:
+def test_no_graph_break() -> None:
+    at = torch.tensor([[3, 4], [0, 0]])
+
     def everything(x: torch.Tensor) -> torch.Tensor:
         q = va.heads_last(x, 2)
         out, lse = va.attention(q, q, q, va.Global(), scale=0.3, return_lse=True)
         out, lse = va.merge([(out, lse), (out, lse)])
+        lse = lse + va.attention_map(q, q, [(0, 1), (2, 3)]).sum() + va.attention_map(q, q, at).sum()
         return va.channels_first(out) + va.attention_received(q, q).mean() + lse.mean()
 
     torch._dynamo.reset()
-    explanation = torch._dynamo.explain(everything)(torch.randn(1, 8, 4, 5))
+    x = torch.randn(1, 8, 4, 5)
+    torch.testing.assert_close(torch.compile(everything, fullgraph=True, backend="aot_eager")(x), everything(x))
+    torch._dynamo.reset()
+    explanation = torch._dynamo.explain(everything)(x)
     assert explanation.graph_break_count == 0, explanation.break_reasons
 
 
 def test_errors_are_of_the_same_type_under_compile() -> None:
     torch._dynamo.reset()
     q, k = torch.randn(1, 2, 3, 1, 4), torch.randn(1, 2, 3, 1, 5)
-    with pytest.raises(RuntimeError, match="agree in D"):
-        torch.compile(lambda q, k: va.attention(q, k, k), backend="eager")(q, k)
+    for fullgraph in (False, True):
+        with pytest.raises(RuntimeError, match="agree in D"):
+            torch.compile(lambda q, k: va.attention(q, k, k), backend="eager", fullgraph=fullgraph)(q, k)
 
 
 def test_export() -> None:
@@ -121,7 +128,7 @@ def test_autocast_casts_all_three(dtype: torch.dtype) -> None:
         expected = va.attention(*(x.to(dtype) for x in (q, k, v)))
     assert torch.equal(out, expected)
     out.float().sum().backward()
-    assert {x.grad.dtype for x in (q, k, v) if x.grad is not None} == {torch.float32}
+    assert [x.grad.dtype for x in (q, k, v)] == [torch.float32] * 3
     with torch.autocast("cpu", dtype=dtype):
         doubles = [x.double() for x in (q, k, v)]
         assert va.attention(*doubles).dtype == torch.float64
@@ -153,6 +160,39 @@ def test_vmap(in_dims: tuple[int | None, ...]) -> None:
     assert torch.equal(got, torch.stack(alone))
 
 
+def test_vmap_over_points_and_over_nothing() -> None:
+    tensors = inputs(Case())
+    q, k = tensors["q"], tensors["k"]
+    at = torch.tensor([[[0, 0], [4, 6]], [[1, 2], [3, 4]], [[2, 2], [0, 5]]])
+    got = torch.vmap(lambda points: va.attention_map(q, k, points))(at)
+    assert torch.equal(got, torch.stack([va.attention_map(q, k, points) for points in at]))
+    nothing = torch.zeros(0, *q.shape)
+    assert torch.vmap(lambda x: va.attention(x, x, x))(nothing).shape == (0, *q.shape)
+
+
+@pytest.mark.parametrize("which", ["attention", "attention_map", "attention_received"])
+def test_forward_mode_raises_and_is_never_silently_wrong(which: str) -> None:
+    q = inputs(Case())["q"]
+    call = {
+        "attention": lambda x: va.attention(x, q, q),
+        "attention_map": lambda x: va.attention_map(x, q, [(0, 0)]),
+        "attention_received": lambda x: va.attention_received(x, q),
+    }[which]
+    with pytest.raises(NotImplementedError, match='forward-mode.*backend="reference"'):
+        torch.func.jvp(call, (q,), (q,))
+    with torch.autograd.forward_ad.dual_level():
+        call(q)  # no tangent: nothing to refuse
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            call(torch.autograd.forward_ad.make_dual(q, q))
+
+
+def test_fakes_check_what_kernels_check() -> None:
+    q = torch.zeros(1, 2, 2, 1, 3)
+    for args in ((q.to("meta"), q, q), (q, q.to("meta"), q), (q.to("meta"), q.to("meta")[..., :2], q.to("meta"))):
+        with pytest.raises(RuntimeError, match="visattn: expected"):
+            ops.operator("cpu", "forward")(*args, *ops.NO_TERMS, *CALL)
+
+
 def test_gradients_through_vmap() -> None:
     tensors = inputs(Case(batch=3))
     leaves = [tensors[n].clone().requires_grad_() for n in "qkv"]
@@ -162,11 +202,12 @@ def test_gradients_through_vmap() -> None:
     torch.testing.assert_close(got, expected)
 
 
-def test_saved_tensors_are_released() -> None:
+def test_saved_tensors_are_not_on_the_context() -> None:
     """Saved tensors go through save_for_backward: hooks see them, and nothing lives on the context."""
     tensors = inputs(Case())
     packed = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x.shape) or x, lambda x: x):
         out = va.attention(*(tensors[n].requires_grad_() for n in "qkv"))
     assert len(packed) == 5  # q, k, v, out, lse
-    assert not any(isinstance(value, torch.Tensor) for value in getattr(out.grad_fn, "call", ()))
+    assert out.grad_fn is not None
+    assert not any(isinstance(value, torch.Tensor) for value in out.grad_fn.call)

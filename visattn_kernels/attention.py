@@ -84,20 +84,20 @@ def attention(
         NotImplementedError: something that is not there yet; second derivatives raise it in the backward.
 
     Memory:
-        out and lse, and a fixed scratch per thread; the backward adds one number per query and head. Never
+        out and lse, and scratch memory per thread that grows with D and Dv alone; the backward adds one number per query and head. Never
         anything of the size of the map, except with `backend="reference"`.
 
     References:
         Vaswani et al., 2017, equation 1; the online softmax of Milakov and Gimelshein, 2018; the tiling and the
         recomputation in the backward of Dao et al., 2022.
     """
-    q, k, v = tensor(q, "q"), tensor(k, "k"), tensor(v, "v")
-    q, k, v = ops.autocast(q, k, v)
-    problem = make_problem(q, k, v, pattern, scale, tuple(terms) if isinstance(terms, Sequence) else terms)
+    q, k, v = ops.autocast(tensor(q, "q"), tensor(k, "k"), tensor(v, "v"))
+    problem = make_problem(q, k, v, pattern, scale, terms)
     name = backends.choose(problem, backend)
     if name == "reference":
         out, lse = reference.attention(q, k, v, pattern, scale=problem.scale)
     else:
+        ops.refuse_tangents(q, k, v)
         out, lse = ops.operator(name, "forward")(q, k, v, *ops.NO_TERMS, *_call(problem))
     return (out, lse) if return_lse else out
 
@@ -130,18 +130,19 @@ def attention_map(
         pattern. Not differentiable except with `backend="reference"`.
 
     Raises:
-        ValueError: a point lies outside the query grid.
+        ValueError: a point lies outside the query grid, or is no pair.
         TypeError, RuntimeError: as `attention`.
 
     Memory:
-        The result and a fixed scratch per thread.
+        The result and scratch memory per thread that grows with D and Dv alone.
     """
     q, k = ops.autocast(tensor(q, "q"), tensor(k, "k"))
-    problem = make_problem(q, k, None, pattern, scale, tuple(terms) if isinstance(terms, Sequence) else terms)
+    problem = make_problem(q, k, None, pattern, scale, terms)
     points = _points(at, problem).to(q.device)
     name = backends.choose(problem, backend)
     if name == "reference":
         return reference.attention_map(q, k, points, pattern, scale=problem.scale)
+    ops.refuse_tangents(q, k)
     rows: torch.Tensor = ops.operator(name, "map")(q, k, *ops.NO_TERMS, points, *_call(problem))
     return rows
 
@@ -150,24 +151,33 @@ def _points(at: Sequence[tuple[int, int]] | torch.Tensor, problem: Problem) -> t
     """Check the points of `attention_map` and make them an int64 Tensor[P, 2]."""
     rule = "at to be points (y, x), a sequence of pairs of integers or an integer Tensor[P, 2]"
     if isinstance(at, torch.Tensor):
-        points = at
-    else:
-        try:
-            points = torch.tensor([tuple(point) for point in at] or torch.empty(0, 2, dtype=torch.int64).tolist())
-        except (TypeError, ValueError) as error:
-            raise expected(rule, "at", repr(at), TypeError) from error
-        points = points.reshape(-1, 2).to(torch.int64) if points.numel() == 0 else points
-    if points.dtype.is_floating_point or points.dtype.is_complex or points.dtype == torch.bool:
+        if at.dtype.is_floating_point or at.dtype.is_complex or at.dtype == torch.bool:
+            raise expected(rule, "at.dtype", at.dtype, TypeError)
+        if at.dim() != 2 or at.shape[1] != 2:
+            raise expected(rule, "at.shape", list(at.shape), ValueError)
+        # Values that are not there yet (traced, or mapped by vmap) are checked by the operator when they are.
+        if not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(at)):
+            _check_inside(at.tolist(), problem)
+        return at.to(torch.int64)
+    if not isinstance(at, Sequence) or isinstance(at, str):
         raise expected(rule, "at", repr(at), TypeError)
-    if points.dim() != 2 or points.shape[1] != 2:
-        raise expected(rule, "at.shape", list(points.shape), ValueError)
+    for point in at:
+        if not isinstance(point, Sequence) or not all(isinstance(i, int) for i in point):
+            raise expected(rule, "at", repr(at), TypeError)
+        if len(point) != 2:
+            raise expected(rule, "at", repr(at), ValueError)
+    _check_inside(at, problem)
+    return torch.tensor([list(point) for point in at], dtype=torch.int64).reshape(-1, 2)
+
+
+def _check_inside(points: Sequence[Sequence[int]], problem: Problem) -> None:
+    """Refuse a point outside the query grid."""
     height, width = problem.queries
-    for y, x in points.tolist():
+    for y, x in points:
         if not (0 <= y < height and 0 <= x < width):
             raise expected(
                 f"points (y, x) with 0 <= y < {height} and 0 <= x < {width}", "at", f"({y}, {x})", ValueError
             )
-    return points.to(torch.int64)
 
 
 def attention_received(
@@ -194,13 +204,14 @@ def attention_received(
         TypeError, ValueError, RuntimeError: as `attention`.
 
     Memory:
-        The result, one number per query and head, and a fixed scratch per thread.
+        The result, one number per query and head, and scratch memory per thread that grows with D and Dv alone.
     """
     q, k = ops.autocast(tensor(q, "q"), tensor(k, "k"))
-    problem = make_problem(q, k, None, pattern, scale, tuple(terms) if isinstance(terms, Sequence) else terms)
+    problem = make_problem(q, k, None, pattern, scale, terms)
     name = backends.choose(problem, backend)
     if name == "reference":
         return reference.attention_received(q, k, pattern, scale=problem.scale)
+    ops.refuse_tangents(q, k)
     sums: torch.Tensor = ops.operator(name, "received")(q, k, *ops.NO_TERMS, *_call(problem))
     return sums
 
@@ -245,13 +256,16 @@ def merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Ten
                 f"shapes {list(out.shape)} and {list(lse.shape)}",
                 RuntimeError,
             )
+    # As in the reference: a query with no key in any part is computed with scores of 0 and masked after.
     lses = torch.stack([lse for _, lse in parts])  # [parts, ...]
+    empty = (lses == -torch.inf).all(0)
+    lses = lses.masked_fill(empty, 0)
     lse = lses.logsumexp(0)
-    finite = torch.where(lse == -torch.inf, torch.zeros_like(lse), lse)
-    weights = torch.exp(lses - finite)
-    total = sum(weight[..., None] * out for weight, (out, _) in zip(weights, parts, strict=True))
-    assert isinstance(total, torch.Tensor)
-    return total.to(first_out.dtype), lse
+    weights = torch.exp(lses - lse).masked_fill(empty, 0)
+    total = torch.zeros_like(first_out)
+    for weight, (out, _) in zip(weights[..., None], parts, strict=True):
+        total = total + weight * torch.where(weight == 0, torch.zeros_like(out), out)  # NaN there must not leak
+    return total.to(first_out.dtype), lse.masked_fill(empty, -torch.inf)
 
 
 def explain(
@@ -273,8 +287,10 @@ def explain(
         A text of one line per backend. Print it.
     """
     problem = None
-    if q is not None and k is not None:
-        problem = make_problem(tensor(q, "q"), tensor(k, "k"), v, pattern, scale, tuple(terms))
+    if q is not None or k is not None or v is not None:
+        maps = [tensor(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v")) if name != "v" or x is not None]
+        q, k, *rest = ops.autocast(*maps)
+        problem = make_problem(q, k, rest[0] if rest else None, pattern, scale, terms)
     lines = [problem.describe()] if problem else []
     taken = False
     for backend in backends.REGISTRY:

@@ -17,8 +17,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
+from torch.autograd import forward_ad
 
-from visattn_kernels.problem import accumulate_dtype
+from visattn_kernels.problem import accumulate_dtype, check_tensors
 
 TERM_TENSORS = (
     "relative_bias",
@@ -72,13 +73,26 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
+def refuse_tangents(*tensors: torch.Tensor) -> None:
+    """Raise if a tensor carries a tangent: torch would drop it, and a derivative be silently wrong."""
+    if forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            "visattn: expected no forward-mode derivative, which is not there yet; "
+            'backend="reference" has derivatives of every mode and order'
+        )
+
+
 def _fake_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    check_tensors(q, k, v)
     shape = q.shape[:4]
     return q.new_empty((*shape, v.shape[4])), q.new_empty(shape, dtype=accumulate_dtype(q.dtype))
 
 
 def _fake_backward(grad_out: torch.Tensor, grad_lse: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
     needs = rest[-1]
+    check_tensors(*rest[:3])
     return tuple(
         x.new_empty(x.shape) if x is not None and needs >> i & 1 else grad_out.new_empty((0,))
         for i, x in enumerate(rest[:_N_GRADS])
@@ -86,12 +100,14 @@ def _fake_backward(grad_out: torch.Tensor, grad_lse: torch.Tensor, *rest: Any) -
 
 
 def _fake_map(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> torch.Tensor:
+    check_tensors(q, k, None)
     at = rest[_N_TERMS]
     shape = (q.shape[0], at.shape[0], q.shape[3], k.shape[1], k.shape[2])
     return q.new_empty(shape, dtype=accumulate_dtype(q.dtype))
 
 
 def _fake_received(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> torch.Tensor:
+    check_tensors(q, k, None)
     return q.new_empty(k.shape[:4], dtype=accumulate_dtype(q.dtype))
 
 
@@ -155,9 +171,11 @@ def _batched(backend: str, which: str, maps: tuple[int, ...]) -> Callable[..., t
         if not has_terms and all(i in maps for i, dim in enumerate(dims) if dim is not None):
             folded = (fold(x, dims[i], size) if i in maps else x for i, x in enumerate(args))
             results = op(*folded)
+            first, dim = args[maps[0]], dims[maps[0]]
+            batch = first.shape[0] if dim is None else first.movedim(dim, 0).shape[1]
             single = isinstance(results, torch.Tensor)
             results = tuple(
-                x.unflatten(0, (size, -1)) if x.dim() > 1 else x.expand(size, 0)  # a gradient not asked for
+                x.reshape(size, batch, *x.shape[1:]) if x.dim() > 1 else x.expand(size, 0)  # a gradient not asked for
                 for x in ((results,) if single else results)
             )
         else:

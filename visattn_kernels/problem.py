@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 
@@ -63,6 +65,9 @@ class Problem:
 def check_map(value: object, argument: str) -> torch.Tensor:
     """Check that `value` is one tensor of the layout `[B, H, W, heads, D]`."""
     x = tensor(value, argument)
+    if x.is_nested or x.layout != torch.strided:
+        layout = "nested" if x.is_nested else x.layout
+        raise expected(f"{argument} to be a strided (dense) tensor", f"{argument}.layout", layout, RuntimeError)
     if x.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise expected(f"the dtype of {argument} to be one of {names}", f"{argument}.dtype", x.dtype, RuntimeError)
@@ -74,9 +79,7 @@ def check_map(value: object, argument: str) -> torch.Tensor:
             RuntimeError,
             "heads_last(x, heads) makes this view of an image [B, C, H, W].",
         )
-    if x.layout != torch.strided:
-        raise expected(f"{argument} to be a strided (dense) tensor", f"{argument}.layout", x.layout, RuntimeError)
-    for size, name in zip(x.shape[1:], ("H", "W", "heads", "D"), strict=True):
+    for size, name in zip(x.shape[1:], ("H", "W", "heads", "Dv" if argument == "v" else "D"), strict=True):
         if size < 1:
             raise expected(f"{name} of {argument} to be at least 1", f"{argument}.shape", list(x.shape), RuntimeError)
     return x
@@ -105,20 +108,12 @@ def _agree(a: torch.Tensor, b: torch.Tensor, names: tuple[str, str], dims: dict[
             )
 
 
-def make_problem(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor | None,
-    pattern: Pattern,
-    scale: float | None,
-    terms: tuple[object, ...],
-) -> Problem:
-    """Check the arguments of a call and describe it.
+def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None) -> None:
+    """Check q, k and (where there is one) v: each alone, and against each other.
 
     Raises:
-        TypeError: an argument has the wrong Python type.
-        ValueError: the pattern does not fit the grids.
-        RuntimeError: tensors disagree in rank, shape, dtype or device.
+        TypeError: one is not a tensor.
+        RuntimeError: they disagree in rank, shape, dtype or device.
     """
     check_map(q, "q")
     for other, name in ((k, "k"), (v, "v")) if v is not None else ((k, "k"),):
@@ -128,19 +123,37 @@ def make_problem(
     _agree(q, k, ("q", "k"), {0: "batch", 4: "D"})
     if v is not None:
         _agree(k, v, ("k", "v"), {0: "batch", 1: "H", 2: "W", 3: "heads"})
-    heads, kv_heads = q.shape[3], k.shape[3]
-    if heads % kv_heads != 0:
+    if q.shape[3] % k.shape[3] != 0:
         raise expected(
             "the heads of k to divide the heads of q (grouped-query attention)",
             "q.shape",
             f"{list(q.shape)} and k.shape={list(k.shape)}",
             RuntimeError,
         )
+
+
+def make_problem(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor | None,
+    pattern: Pattern,
+    scale: float | None,
+    terms: Sequence[object],
+) -> Problem:
+    """Check the arguments of a call and describe it.
+
+    Raises:
+        TypeError: an argument has the wrong Python type.
+        ValueError: the pattern does not fit the grids.
+        RuntimeError: tensors disagree in rank, shape, dtype or device.
+    """
+    check_tensors(q, k, v)
+    heads, kv_heads = q.shape[3], k.shape[3]
     if not isinstance(pattern, Pattern):
         raise expected("pattern to be a pattern such as Global()", "pattern", repr(pattern), TypeError)
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float)):
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, Real)):
         raise expected("scale to be a number or None", "scale", repr(scale), TypeError)
-    if not isinstance(terms, tuple | list):
+    if not isinstance(terms, Sequence) or isinstance(terms, str):
         raise expected("terms to be a tuple of terms", "terms", repr(terms), TypeError)
     if terms:
         raise NotImplementedError(

@@ -20,6 +20,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
 
+constexpr int64_t kMaxChannels = 65536;  // as in visattn_kernels/backends/cpu.py: scratch memory grows with D and Dv
+
 [[noreturn]] inline void fail(const std::string& rule, const std::string& argument, const std::string& value) {
   throw std::runtime_error("visattn: expected " + rule + ", but got " + argument + "=" + value);
 }
@@ -89,17 +91,8 @@ inline Dtype dtype_of(const Tensor& q) {
 inline Pattern pattern_of(const Sizes& fields) {
   if (fields.size() != kPatternFields)
     fail(std::to_string(kPatternFields) + " integers for the pattern", "pattern", text(fields));
-  if (fields[0] != int64_t(PatternKind::kGlobal)) fail("the pattern Global", "pattern", text(fields));
-  return {PatternKind::kGlobal,
-          fields[1],
-          fields[2],
-          fields[3],
-          fields[4],
-          fields[5],
-          fields[6],
-          fields[7],
-          fields[8],
-          fields[9]};
+  if (fields != Sizes(kPatternFields, 0)) fail("the pattern Global, whose integers are 0", "pattern", text(fields));
+  return {};  // all zeros
 }
 
 // Check q, k and (if given) v against each other and describe the problem.
@@ -125,6 +118,13 @@ inline Problem problem_of(const Tensor& q, const Tensor& k, const Tensor* v, dou
     if (size < 1)
       fail("every size but the batch to be at least 1", "q.shape", text(shape(q)) + " and k.shape=" + text(shape(k)));
   if (v && p.value_dim < 1) fail("every size but the batch to be at least 1", "v.shape", text(shape(*v)));
+  // Beyond these, products of sizes would leave 64 bits; no tensor with storage of its own reaches them.
+  for (int64_t size : {p.queries.h, p.queries.w, p.keys.h, p.keys.w, p.heads, p.kv_heads})
+    if (size >= int64_t(1) << 31)
+      fail("every side of a grid and every number of heads below 2^31", "q.shape",
+           text(shape(q)) + " and k.shape=" + text(shape(k)));
+  if (p.head_dim > kMaxChannels) fail("D of at most " + std::to_string(kMaxChannels), "q.shape", text(shape(q)));
+  if (p.value_dim > kMaxChannels) fail("Dv of at most " + std::to_string(kMaxChannels), "v.shape", text(shape(*v)));
   if (p.heads % p.kv_heads != 0)
     fail("the heads of k to divide the heads of q", "q.shape", text(shape(q)) + " and k.shape=" + text(shape(k)));
   return p;

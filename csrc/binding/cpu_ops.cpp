@@ -25,7 +25,9 @@ void run(const Call& call, Pass pass) {
   const size_t bytes = (size_t(work.scratch_bytes) + 63) / 64 * 64;
   std::unique_ptr<char, decltype(&std::free)> scratch(static_cast<char*>(std::aligned_alloc(64, bytes * workers + 64)),
                                                       &std::free);
-  if (!scratch) throw std::bad_alloc();
+  if (!scratch)
+    fail("memory for the scratch of " + std::to_string(workers) + " threads", "scratch",
+         std::to_string(bytes * workers) + " bytes");
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker)
@@ -122,8 +124,9 @@ Tensor map(Tensor q, Tensor k, Term relative_bias, Term relative_query_h, Term r
       .check();
   Call call;
   const Problem& p = call.problem = problem_of(q, k, nullptr, scale, pattern);
-  if (!at.is_cpu() || at.scalar_type() != ScalarType::Long || at.dim() != 2 || at.size(1) != 2)
-    fail("at to be an int64 Tensor[P, 2] on the CPU", "at.shape", text(shape(at)));
+  if (!at.is_cpu()) fail("at on the CPU", "at", "a tensor of another device");
+  if (at.scalar_type() != ScalarType::Long) fail("at of dtype int64", "at.dtype", name(at.scalar_type()));
+  if (at.dim() != 2 || at.size(1) != 2) fail("at of shape [P, 2]", "at.shape", text(shape(at)));
   const int64_t n = at.size(0);
   std::vector<int64_t> points(2 * n);
   for (int64_t i = 0; i < n; ++i) {

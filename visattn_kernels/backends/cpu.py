@@ -6,6 +6,9 @@ from importlib.util import find_spec
 
 from visattn_kernels.problem import Problem
 
+MAX_CHANNELS = 65536
+"""The widest head that the engine takes, as in csrc/binding/check.h."""
+
 ABOUT = "C++ engine: tiled, multi-threaded, SIMD chosen at run time"
 
 
@@ -15,7 +18,7 @@ def _load() -> str:
         return "the extension visattn_kernels._C was not built (VISATTN_NO_EXT=1, or no C++ compiler at install time)"
     try:
         import visattn_kernels._C  # noqa: F401
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: operators that torch refuses to register
         return f"the extension visattn_kernels._C does not load: {error}"
     return ""
 
@@ -30,9 +33,12 @@ def unavailable() -> list[str]:
 
 def unsupported(problem: Problem) -> list[str]:
     """Why the engine cannot run `problem`."""
+    reasons = []
     if problem.device != "cpu":
-        return [f"the tensors are on {problem.device}, not on the CPU"]
-    return []
+        reasons.append(f"the tensors are on {problem.device}, not on the CPU")
+    if max(problem.head_dim, problem.value_dim) > MAX_CHANNELS:
+        reasons.append(f"D and Dv may be at most {MAX_CHANNELS}, since scratch memory grows with them")
+    return reasons
 
 
 def isa() -> str:
