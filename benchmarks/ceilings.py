@@ -130,18 +130,19 @@ def run_program(threads: int) -> dict[str, Any] | None:
     return found
 
 
-def build_and_run(source: Path, *arguments: str, with_torch: bool = False) -> Any:
+def build_and_run(source: Path, *arguments: str, flags: str = "-march=native", with_torch: bool = False) -> Any:
     """Build a program for this CPU and read the JSON that it prints; None if it does not build or run.
 
     Args:
         source: a C++ file.
         arguments: of the program.
+        flags: the instruction set to compile for.
         with_torch: link torch's libraries.
     """
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         return None
-    command = [compiler, "-std=c++20", "-O3", "-march=native", "-ffp-contract=fast", "-pthread", "-w", str(source)]
+    command = [compiler, "-std=c++20", "-O3", *flags.split(), "-ffp-contract=fast", "-pthread", "-w", str(source)]
     if with_torch:
         torch_root = Path(torch.__file__).parent
         lib = torch_root / "lib"

@@ -13,6 +13,9 @@ from benchmarks.results import FOLDER, write_whole
 SOURCE = Path(__file__).with_name("products.cpp")
 RESULTS = FOLDER / "products.json"
 
+FLAGS = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c -mavx512bf16"
+"""What `setup.py` compiles the engine with, so that the same code is measured: tuning flags change it."""
+
 COLUMNS = ("float32", "float32_brgemm", "bfloat16", "bfloat16_brgemm")
 """What is measured at each tile size, GFLOP/s on one thread."""
 
@@ -23,7 +26,7 @@ def measure() -> dict[str, Any]:
     Raises:
         RuntimeError: the program does not build or run here.
     """
-    rows = build_and_run(SOURCE, with_torch=True)
+    rows = build_and_run(SOURCE, flags=FLAGS, with_torch=True)
     if rows is None:
         raise RuntimeError("products.cpp needs a C++ compiler, torch's headers and a CPU with AVX-512 and bfloat16")
     head, dirty = commit()

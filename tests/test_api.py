@@ -24,6 +24,10 @@ def maps(*shapes, dtype=torch.float32):
     return [torch.zeros(shape, dtype=dtype) for shape in shapes]
 
 
+def jagged(x: torch.Tensor) -> torch.Tensor:
+    return torch.nested.nested_tensor([x[0]], layout=torch.jagged)
+
+
 Q = (2, 3, 4, 2, 8)
 BAD = [
     ("not a tensor", lambda q, k, v: va.attention([1], k, v), TypeError, "q=list"),

@@ -157,5 +157,5 @@ def test_huge_expanded_tensors_are_refused(width: int, name: str) -> None:
         lambda: ops.operator("cpu", "forward")(q, k, v, *ops.NO_TERMS, 1.0, 1.0, 1.0, va.Global().encode()),
         lambda: va.attention(q, k, v, backend="cpu"),
     ):
-        with pytest.raises(RuntimeError, match="visattn: expected|[Ii]nvalid|overflow|too large"):
+        with pytest.raises(RuntimeError, match=r"visattn: expected"):
             call()

@@ -178,7 +178,7 @@ def test_forward_mode_raises_and_is_never_silently_wrong(which: str) -> None:
         "attention_map": lambda x: va.attention_map(x, q, [(0, 0)]),
         "attention_received": lambda x: va.attention_received(x, q),
     }[which]
-    with pytest.raises(NotImplementedError, match='forward-mode.*backend="reference"'):
+    with pytest.raises(NotImplementedError, match=r'forward-mode.*backend="reference"'):
         torch.func.jvp(call, (q,), (q,))
     with torch.autograd.forward_ad.dual_level():
         call(q)  # no tangent: nothing to refuse

@@ -84,8 +84,9 @@ def attention(
         NotImplementedError: something that is not there yet; second derivatives raise it in the backward.
 
     Memory:
-        out and lse, and scratch memory per thread that grows with D and Dv alone; the backward adds one number per query and head. Never
-        anything of the size of the map, except with `backend="reference"`.
+        out and lse, and scratch memory per thread that grows with D and Dv alone; the backward adds one number per
+        query and head, and for 16-bit inputs one float32 copy of the gradient of q. Never anything of the size of
+        the map, except with `backend="reference"`.
 
     References:
         Vaswani et al., 2017, equation 1; the online softmax of Milakov and Gimelshein, 2018; the tiling and the

@@ -77,7 +77,7 @@ def refuse_tangents(*tensors: torch.Tensor) -> None:
     """Raise if a tensor carries a tangent: torch would drop it, and a derivative be silently wrong."""
     if forward_ad._current_level < 0:
         return
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):  # type: ignore[no-untyped-call]
         raise NotImplementedError(
             "visattn: expected no forward-mode derivative, which is not there yet; "
             'backend="reference" has derivatives of every mode and order'
