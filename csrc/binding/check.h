@@ -88,11 +88,42 @@ inline Dtype dtype_of(const Tensor& q) {
   }
 }
 
-inline Pattern pattern_of(const Sizes& fields) {
+inline void check_range(const char* field, int64_t value, int64_t least, int64_t most) {
+  if (value < least || value > most)
+    fail(std::string("the pattern's ") + field + " in [" + std::to_string(least) + ", " + std::to_string(most) + "]",
+         field, std::to_string(value));
+}
+
+// The pattern of the integers of visattn_kernels/patterns.py, checked against the grids.
+inline Pattern pattern_of(const Sizes& fields, const Grid& queries, const Grid& keys) {
   if (fields.size() != kPatternFields)
     fail(std::to_string(kPatternFields) + " integers for the pattern", "pattern", text(fields));
-  if (fields != Sizes(kPatternFields, 0)) fail("the pattern Global, whose integers are 0", "pattern", text(fields));
-  return {};  // all zeros
+  constexpr int64_t kMost = (int64_t(1) << 31) - 1;
+  check_range("kind", fields[0], 0, int64_t(PatternKind::kCrissCross));
+  const Pattern p{PatternKind(fields[0]), fields[1], fields[2], fields[3], fields[4],
+                  fields[5],              fields[6], fields[7], fields[8], fields[9]};
+  const bool window = p.kind == PatternKind::kWindow, neighborhood = p.kind == PatternKind::kNeighborhood;
+  const bool sized = window || neighborhood || p.kind == PatternKind::kGrid;
+  const bool row = p.kind == PatternKind::kRow, column = p.kind == PatternKind::kColumn;
+  check_range("size_h", p.size_h, sized, sized || column ? kMost : 0);
+  check_range("size_w", p.size_w, sized, sized || row ? kMost : 0);
+  check_range("step_h", p.step_h, neighborhood, neighborhood ? kMost : 0);
+  check_range("step_w", p.step_w, neighborhood, neighborhood ? kMost : 0);
+  check_range("shift_h", p.shift_h, 0, window ? p.size_h - 1 : 0);
+  check_range("shift_w", p.shift_w, 0, window ? p.size_w - 1 : 0);
+  check_range("border", p.border, 0, neighborhood ? int64_t(Border::kZero) : 0);
+  check_range("causal_h", p.causal_h, 0, neighborhood);
+  check_range("causal_w", p.causal_w, 0, neighborhood);
+  if ((row && p.size_w > 0 && p.size_w % 2 == 0) || (column && p.size_h > 0 && p.size_h % 2 == 0))
+    fail("an odd span", "pattern", text(fields));
+  if (p.kind != PatternKind::kGlobal && (queries.h != keys.h || queries.w != keys.w))
+    fail("query and key grids of one size for a local pattern", "keys",
+         text({keys.h, keys.w}) + " and queries=" + text({queries.h, queries.w}));
+  if (neighborhood && Border(p.border) == Border::kShift) {
+    if (p.size_h > queries.h / p.step_h) fail("kernel * dilation <= height", "size_h", std::to_string(p.size_h));
+    if (p.size_w > queries.w / p.step_w) fail("kernel * dilation <= width", "size_w", std::to_string(p.size_w));
+  }
+  return p;
 }
 
 // Check q, k and (if given) v against each other and describe the problem.
@@ -110,7 +141,6 @@ inline Problem problem_of(const Tensor& q, const Tensor& k, const Tensor* v, dou
   p.head_dim = q.size(4);
   p.value_dim = v ? v->size(4) : 0;
   p.scale = scale;
-  p.pattern = pattern_of(pattern);
   check_tensor(q, "q", shape(q), q.scalar_type());
   check_tensor(k, "k", {p.batch, p.keys.h, p.keys.w, p.kv_heads, p.head_dim}, q.scalar_type());
   if (v) check_tensor(*v, "v", {p.batch, p.keys.h, p.keys.w, p.kv_heads, p.value_dim}, q.scalar_type());
@@ -127,11 +157,16 @@ inline Problem problem_of(const Tensor& q, const Tensor& k, const Tensor* v, dou
   if (p.value_dim > kMaxChannels) fail("Dv of at most " + std::to_string(kMaxChannels), "v.shape", text(shape(*v)));
   if (p.heads % p.kv_heads != 0)
     fail("the heads of k to divide the heads of q", "q.shape", text(shape(q)) + " and k.shape=" + text(shape(k)));
+  p.pattern = pattern_of(pattern, p.queries, p.keys);
   return p;
 }
 
-inline void check_no_term(const std::optional<Tensor>& term, const char* argument) {
-  if (term.has_value()) fail(std::string("no ") + argument + ", a term that is not there yet", argument, "a tensor");
+// A relative table [entries, columns] or [heads, entries, columns]; of the bias, always the latter.
+inline Table table_of(const Tensor& x, const char* argument, const Problem& p, ScalarType dtype, bool shared,
+                      int64_t entries, int64_t columns) {
+  check_tensor(x, argument, shared ? Sizes{entries, columns} : Sizes{p.heads, entries, columns}, dtype);
+  if (shared) return {x.data_ptr(), 0, x.stride(0), x.stride(1)};
+  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
 }  // namespace visattn::binding

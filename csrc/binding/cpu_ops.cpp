@@ -1,6 +1,7 @@
 // The operators visattn::cpu_*: tensors to a Call, passes of the engine on torch's threads.
 //
 // The schemas are declared in visattn_kernels/ops.py.
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -16,10 +17,8 @@ using cpu::Pass;
 using Term = std::optional<Tensor>;
 
 // Run every item of a pass. Items differ in nothing but place, so threads take the next one as they come.
-void run(const Call& call, Pass pass) {
+void run_items(const Call& call, Pass pass, const cpu::Work& work, int threads) {
   const cpu::Engine& engine = cpu::select_engine(call.problem.dtype);
-  const int threads = int(torch::stable::get_num_threads());
-  const cpu::Work work = engine.plan(call, pass, threads);
   const int64_t workers = work.items < threads ? work.items : threads;
   if (workers == 0) return;
   const size_t bytes = (size_t(work.scratch_bytes) + 63) / 64 * 64;
@@ -36,55 +35,169 @@ void run(const Call& call, Pass pass) {
   });
 }
 
+cpu::Work plan(const Call& call, Pass pass, int threads) {
+  return cpu::select_engine(call.problem.dtype).plan(call, pass, threads);
+}
+
+// Run a pass for every part of the pattern.
+void run(Call& call, Pass pass) {
+  const int threads = int(torch::stable::get_num_threads());
+  for (call.part = 0; call.part < parts(call.problem.pattern); ++call.part)
+    run_items(call, pass, plan(call, pass, threads), threads);
+  call.part = 0;
+}
+
 Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
   return torch::stable::new_empty(like, sizes, dtype);
 }
 
-struct Terms {
-  const Term &relative_bias, &relative_query_h, &relative_query_w, &relative_key_h, &relative_key_w, &relative_value_h,
-      &relative_value_w, &key_bias;
+Tensor zeros(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
+  return torch::stable::new_zeros(like, sizes, dtype);
+}
 
-  void check() const {
-    check_no_term(relative_bias, "relative_bias");
-    check_no_term(relative_query_h, "relative_query_h");
-    check_no_term(relative_query_w, "relative_query_w");
-    check_no_term(relative_key_h, "relative_key_h");
-    check_no_term(relative_key_w, "relative_key_w");
-    check_no_term(relative_value_h, "relative_value_h");
-    check_no_term(relative_value_w, "relative_value_w");
-    check_no_term(key_bias, "key_bias");
+// The tensors of the terms as the schemas order them: DIFFERENTIABLE after q, k and v.
+constexpr int kTermTensors = 8;
+constexpr int kGradients = 3 + kTermTensors;
+constexpr int kKeyBias = 7;
+const char* const kTermNames[kTermTensors] = {"relative_bias",  "relative_query_h", "relative_query_w",
+                                              "relative_key_h", "relative_key_w",   "relative_value_h",
+                                              "relative_value_w", "key_bias"};
+
+struct Terms {
+  const Term* tensors[kTermTensors];
+  double query_scale, key_scale;
+
+  // Check the terms against the problem and enter them into the call.
+  void enter(Call& call, ScalarType dtype, bool with_values) const {
+    const Problem& p = call.problem;
+    call.vector_scale[kQueryTerm] = query_scale, call.vector_scale[kKeyTerm] = key_scale;
+    for (int i = 0; i < kTermTensors; ++i) {
+      if (!tensors[i]->has_value()) continue;
+      const Tensor& x = **tensors[i];
+      const char* name = kTermNames[i];
+      if (i == kKeyBias) {
+        Sizes sizes{p.batch, p.keys.h, p.keys.w};
+        if (x.dim() == 4) sizes.push_back(p.heads);
+        check_tensor(x, name, sizes, dtype);
+        call.key_bias = {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.dim() == 4 ? x.stride(3) : 0, 1};
+        continue;
+      }
+      if (p.queries.h != p.keys.h || p.queries.w != p.keys.w)
+        fail("query and key grids of one size for a relative term", name,
+             "a tensor, queries=" + text({p.queries.h, p.queries.w}) + " and keys=" + text({p.keys.h, p.keys.w}));
+      if (i == 0) {
+        call.bias = table_of(x, name, p, dtype, false, table_entries(p.reach(0)), table_entries(p.reach(1)));
+        continue;
+      }
+      const VectorTerm term = VectorTerm((i - 1) / 2);
+      const int axis = (i - 1) % 2;
+      if (term == kValueTerm && !with_values) fail("no value term where there are no values", name, "a tensor");
+      call.vector[term][axis] =
+          table_of(x, name, p, dtype, x.dim() == 2, table_entries(p.reach(axis)), p.channels(term));
+    }
   }
+
+  bool has(int i) const { return tensors[i]->has_value(); }
+  const Tensor& operator[](int i) const { return **tensors[i]; }
 };
 
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Term relative_bias, Term relative_query_h,
                                    Term relative_query_w, Term relative_key_h, Term relative_key_w,
                                    Term relative_value_h, Term relative_value_w, Term key_bias, double scale,
-                                   double /*relative_query_scale*/, double /*relative_key_scale*/,
+                                   double relative_query_scale, double relative_key_scale,
                                    std::vector<int64_t> pattern) {
-  Terms{relative_bias,  relative_query_h, relative_query_w, relative_key_h,
-        relative_key_w, relative_value_h, relative_value_w, key_bias}
-      .check();
+  const Terms terms{{&relative_bias, &relative_query_h, &relative_query_w, &relative_key_h, &relative_key_w,
+                     &relative_value_h, &relative_value_w, &key_bias},
+                    relative_query_scale,
+                    relative_key_scale};
   Call call;
   const Problem& p = call.problem = problem_of(q, k, &v, scale, pattern);
-  Tensor out = empty(q, {p.batch, p.queries.h, p.queries.w, p.heads, p.value_dim}, q.scalar_type());
-  Tensor lse = empty(q, {p.batch, p.queries.h, p.queries.w, p.heads}, accumulate_dtype(q.scalar_type()));
+  terms.enter(call, q.scalar_type(), true);
+  const ScalarType sums = accumulate_dtype(q.scalar_type());
+  const Sizes outputs{p.batch, p.queries.h, p.queries.w, p.heads, p.value_dim};
+  Tensor out = empty(q, outputs, q.scalar_type());
+  Tensor lse = empty(q, {p.batch, p.queries.h, p.queries.w, p.heads}, sums);
   call.q = map_of(q), call.k = map_of(k), call.v = map_of(v);
   call.out = map_of(out), call.lse = map_of(lse);
+  std::optional<Tensor> sum;
+  if (parts(p.pattern) > 1 && sums != q.scalar_type()) sum = empty(q, outputs, sums), call.sum_out = map_of(*sum);
   run(call, Pass::kForward);
   return {out, lse};
+}
+
+// Sum the shares of the tables' gradients, in their order, into the tensors that want them.
+void add_shares(const Call& call, const Tensor& shares, int64_t n, std::vector<Tensor>& grads, const Terms& terms) {
+  const bool wide = shares.scalar_type() == ScalarType::Double;
+  auto number = [&](int64_t i) {
+    return wide ? static_cast<const double*>(shares.data_ptr())[i]
+                : double(static_cast<const float*>(shares.data_ptr())[i]);
+  };
+  for (int slot = 0; slot < kTables; ++slot) {
+    if (!call.wants_table(slot)) continue;
+    const Sizes sizes = shape(terms[slot]);
+    const bool shared = sizes.size() == 2;
+    const int64_t entries = sizes[sizes.size() - 2] * sizes[sizes.size() - 1];
+    Tensor total = zeros(shares, sizes, ScalarType::Double);
+    double* to = static_cast<double*>(total.data_ptr());
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t head = shared ? 0 : i % call.problem.heads;
+      const int64_t from = i * call.partial_size + call.partial_offset[slot];
+      for (int64_t e = 0; e < entries; ++e) to[head * entries + e] += number(from + e);
+    }
+    grads[3 + slot] = torch::stable::to(total, grads[3 + slot].scalar_type());
+  }
+}
+
+// Run a pass of gradients, which sums those of the tables `slots` into shares.
+void run_gradients(Call& call, Pass pass, const std::vector<int>& slots, const Tensor& q, std::vector<Tensor>& grads,
+                   const Terms& terms) {
+  const Problem& p = call.problem;
+  const int threads = int(torch::stable::get_num_threads());
+  call.partial_size = 0;
+  std::fill(call.partial_offset, call.partial_offset + kTables, -1);
+  for (int slot : slots) {
+    call.partial_offset[slot] = call.partial_size;
+    const int axis = (slot - 1) % 2;
+    call.partial_size += slot == 0 ? table_entries(p.reach(0)) * table_entries(p.reach(1))
+                                   : table_entries(p.reach(axis)) * p.channels(VectorTerm((slot - 1) / 2));
+  }
+  int64_t n = 0;
+  std::vector<cpu::Work> works;
+  for (call.part = 0; call.part < parts(p.pattern); ++call.part) {
+    works.push_back(plan(call, pass, threads));
+    n += works.back().shares;
+  }
+  std::optional<Tensor> shares;
+  if (!slots.empty()) shares = empty(q, {n, call.partial_size}, accumulate_dtype(q.scalar_type()));
+  char* base = shares ? static_cast<char*>(shares->data_ptr()) : nullptr;
+  std::vector<int32_t> turns;
+  for (call.part = 0; call.part < parts(p.pattern); ++call.part) {
+    const cpu::Work& work = works[call.part];
+    call.partials = base;
+    if (base) base += work.shares * call.partial_size * (p.dtype == Dtype::kFloat64 ? 8 : 4);
+    if (pass == Pass::kGradTogether && call.grad_q.data) {
+      turns.assign(p.batch * p.heads * cpu::turns(call), 0);
+      call.turns = turns.data();
+    }
+    run_items(call, pass, work, threads);
+  }
+  call.part = 0;
+  if (shares) add_shares(call, *shares, n, grads, terms);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Term relative_bias, Term relative_query_h,
     Term relative_query_w, Term relative_key_h, Term relative_key_w, Term relative_value_h, Term relative_value_w,
-    Term key_bias, Tensor out, Tensor lse, double scale, double /*relative_query_scale*/, double /*relative_key_scale*/,
+    Term key_bias, Tensor out, Tensor lse, double scale, double relative_query_scale, double relative_key_scale,
     std::vector<int64_t> pattern, int64_t needs) {
-  Terms{relative_bias,  relative_query_h, relative_query_w, relative_key_h,
-        relative_key_w, relative_value_h, relative_value_w, key_bias}
-      .check();
+  const Terms terms{{&relative_bias, &relative_query_h, &relative_query_w, &relative_key_h, &relative_key_w,
+                     &relative_value_h, &relative_value_w, &key_bias},
+                    relative_query_scale,
+                    relative_key_scale};
   Call call;
   const Problem& p = call.problem = problem_of(q, k, &v, scale, pattern);
   const ScalarType dtype = q.scalar_type(), sums = accumulate_dtype(dtype);
+  terms.enter(call, dtype, true);
   const Sizes queries{p.batch, p.queries.h, p.queries.w, p.heads};
   Sizes outputs = queries;
   outputs.push_back(p.value_dim);
@@ -92,38 +205,76 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   check_tensor(grad_out, "grad_out", outputs, dtype);
   check_tensor(lse, "lse", queries, sums);
   check_tensor(grad_lse, "grad_lse", queries, sums);
-  if (needs < 0 || needs >= 8)
-    fail("needs to ask for gradients of q, k and v (bits 0 to 2)", "needs", std::to_string(needs));
+  bool legal = needs >= 0 && needs < int64_t(1) << kGradients;
+  for (int i = 0; i < kTermTensors; ++i) legal = legal && (!(needs >> (3 + i) & 1) || terms.has(i));
+  if (!legal)
+    fail("needs to ask for gradients of tensors that are there (bit i for the i-th of q, k, v and the terms)", "needs",
+         std::to_string(needs));
 
-  auto wanted = [&](const Tensor& x, int bit) { return empty(q, needs >> bit & 1 ? shape(x) : Sizes{0}, dtype); };
-  auto none = [&] { return empty(q, Sizes{0}, dtype); };
-  Tensor grad_q = wanted(q, 0), grad_k = wanted(k, 1), grad_v = wanted(v, 2);
+  auto wants = [&](int i) { return (needs >> i & 1) != 0; };
+  std::vector<Tensor> grads;
+  for (int i = 0; i < kGradients; ++i) {
+    const Tensor& x = i == 0 ? q : i == 1 ? k : i == 2 ? v : terms.has(i - 3) ? terms[i - 3] : q;
+    grads.push_back(empty(q, wants(i) ? shape(x) : Sizes{0}, dtype));
+  }
   Tensor delta = empty(q, queries, sums);
   call.q = map_of(q), call.k = map_of(k), call.v = map_of(v);
   call.out = map_of(out), call.lse = map_of(lse);
   call.grad_out = map_of(grad_out), call.grad_lse = map_of(grad_lse), call.delta = map_of(delta);
-  if (needs & 3) run(call, Pass::kDelta);
-  std::vector<int32_t> turns;
-  Tensor running_q = grad_q;  // in its own dtype where that is the dtype of sums
-  if (needs & 1) {
-    turns.resize(p.batch * p.heads * ((p.queries.size() + cpu::kBlock - 1) / cpu::kBlock));
-    if (dtype != sums) running_q = empty(q, shape(q), sums);
-    call.grad_q = map_of(grad_q), call.running_q = map_of(running_q), call.turns = turns.data();
+  if (needs & ~int64_t(4)) run_items(call, Pass::kDelta, plan(call, Pass::kDelta, 1), int(torch::stable::get_num_threads()));
+
+  // Which pass gives what; a bias table's gradient comes with that of q, since keys outside the map have a part in it.
+  const bool together = cpu::together(call), many = parts(p.pattern) > 1, narrow = dtype != sums;
+  std::vector<Tensor> running;
+  auto sum_of = [&](const Tensor& x) {
+    running.push_back(empty(q, shape(x), sums));
+    return map_of(running.back());
+  };
+  std::vector<int> query_slots, key_slots;
+  for (int slot = 0; slot < kTables; ++slot)
+    if (wants(3 + slot)) {
+      const bool of_keys = slot == table_slot(kKeyTerm, 0) || slot == table_slot(kKeyTerm, 1);
+      (of_keys || together ? key_slots : query_slots).push_back(slot);
+    }
+  if (wants(0)) {
+    call.grad_q = map_of(grads[0]);
+    if (narrow && (many || together)) call.sum_q = sum_of(q);
   }
-  if (needs & 2) call.grad_k = map_of(grad_k);
-  if (needs & 4) call.grad_v = map_of(grad_v);
-  if (needs & 7) run(call, Pass::kBackward);
-  return {grad_q, grad_k, grad_v, none(), none(), none(), none(), none(), none(), none(), none()};
+  if (wants(1)) {
+    call.grad_k = map_of(grads[1]);
+    if (narrow && many) call.sum_k = sum_of(k);
+  }
+  if (wants(2)) {
+    call.grad_v = map_of(grads[2]);
+    if (narrow && many) call.sum_v = sum_of(v);
+  }
+  std::optional<Tensor> bias;
+  if (wants(3 + kKeyBias)) {
+    bias = empty(q, {p.batch, p.keys.h, p.keys.w, p.heads}, sums);
+    call.grad_key_bias = map_of(*bias);
+  }
+  if (!together && (wants(0) || !query_slots.empty()))
+    run_gradients(call, Pass::kGradQueries, query_slots, q, grads, terms);
+  if ((together && wants(0)) || wants(1) || wants(2) || bias || !key_slots.empty())
+    run_gradients(call, together ? Pass::kGradTogether : Pass::kGradKeys, key_slots, q, grads, terms);
+  if (bias) {
+    const bool per_head = terms[kKeyBias].dim() == 4;
+    const std::vector<int64_t> heads{3};
+    grads[3 + kKeyBias] = torch::stable::to(per_head ? *bias : torch::stable::sum(*bias, heads), dtype);
+  }
+  return {grads[0], grads[1], grads[2], grads[3], grads[4], grads[5], grads[6], grads[7], grads[8], grads[9], grads[10]};
 }
 
 Tensor map(Tensor q, Tensor k, Term relative_bias, Term relative_query_h, Term relative_query_w, Term relative_key_h,
            Term relative_key_w, Term relative_value_h, Term relative_value_w, Term key_bias, Tensor at, double scale,
-           double /*relative_query_scale*/, double /*relative_key_scale*/, std::vector<int64_t> pattern) {
-  Terms{relative_bias,  relative_query_h, relative_query_w, relative_key_h,
-        relative_key_w, relative_value_h, relative_value_w, key_bias}
-      .check();
+           double relative_query_scale, double relative_key_scale, std::vector<int64_t> pattern) {
+  const Terms terms{{&relative_bias, &relative_query_h, &relative_query_w, &relative_key_h, &relative_key_w,
+                     &relative_value_h, &relative_value_w, &key_bias},
+                    relative_query_scale,
+                    relative_key_scale};
   Call call;
   const Problem& p = call.problem = problem_of(q, k, nullptr, scale, pattern);
+  terms.enter(call, q.scalar_type(), false);
   if (!at.is_cpu()) fail("at on the CPU", "at", "a tensor of another device");
   if (at.scalar_type() != ScalarType::Long) fail("at of dtype int64", "at.dtype", name(at.scalar_type()));
   if (at.dim() != 2 || at.size(1) != 2) fail("at of shape [P, 2]", "at.shape", text(shape(at)));
@@ -137,26 +288,27 @@ Tensor map(Tensor q, Tensor k, Term relative_bias, Term relative_query_h, Term r
     points[2 * i] = y, points[2 * i + 1] = x;
   }
   const ScalarType dtype = accumulate_dtype(q.scalar_type());
-  Tensor rows = empty(q, {p.batch, n, p.heads, p.keys.h, p.keys.w}, dtype);
+  Tensor rows = zeros(q, {p.batch, n, p.heads, p.keys.h, p.keys.w}, dtype);
   if (n == 0) return rows;
   Tensor maximum = empty(q, {p.batch, 1, n, p.heads}, dtype), inverse = empty(q, {p.batch, 1, n, p.heads}, dtype);
   call.q = map_of(q), call.k = map_of(k), call.maximum = map_of(maximum), call.inverse = map_of(inverse);
   call.points = points.data(), call.n_points = n;
   run(call, Pass::kStatistics);
-  call.weights = {rows.data_ptr(), rows.stride(0), 0, rows.stride(1), rows.stride(2), 1};
+  call.weights = {rows.data_ptr(), rows.stride(0), rows.stride(1), 0, rows.stride(2), 1};
   run(call, Pass::kMap);
   return rows;
 }
 
 Tensor received(Tensor q, Tensor k, Term relative_bias, Term relative_query_h, Term relative_query_w,
                 Term relative_key_h, Term relative_key_w, Term relative_value_h, Term relative_value_w, Term key_bias,
-                double scale, double /*relative_query_scale*/, double /*relative_key_scale*/,
-                std::vector<int64_t> pattern) {
-  Terms{relative_bias,  relative_query_h, relative_query_w, relative_key_h,
-        relative_key_w, relative_value_h, relative_value_w, key_bias}
-      .check();
+                double scale, double relative_query_scale, double relative_key_scale, std::vector<int64_t> pattern) {
+  const Terms terms{{&relative_bias, &relative_query_h, &relative_query_w, &relative_key_h, &relative_key_w,
+                     &relative_value_h, &relative_value_w, &key_bias},
+                    relative_query_scale,
+                    relative_key_scale};
   Call call;
   const Problem& p = call.problem = problem_of(q, k, nullptr, scale, pattern);
+  terms.enter(call, q.scalar_type(), false);
   const ScalarType dtype = accumulate_dtype(q.scalar_type());
   Tensor sums = empty(q, {p.batch, p.keys.h, p.keys.w, p.kv_heads}, dtype);
   const Sizes queries{p.batch, p.queries.h, p.queries.w, p.heads};

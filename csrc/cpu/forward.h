@@ -1,19 +1,22 @@
 // Forward: out and lse of a tile of queries (or, for the passes of weights.h, the softmax's two numbers alone), by an
 // online softmax in base 2 over blocks of keys.
 //
-//     S = scale * log2(e) * K Q^T             one product per block and panel     [keys, lanes]
+//     S = scale * log2(e) * K Q^T + terms     one product per block and panel     [keys, lanes]
 //     m, l, O rescaled where the maximum grew; P = 2^(S - m)
 //     l += sum P;  O += V^T P                 the other product                   [channels, lanes]
+//
+// RelativeValue: P is summed by offset too, U, rescaled like O; out += U rel at the end. The second part of a pattern
+// goes on from the state of the first: O = out, m = lse, l = 1.
 //
 // Per panel and block of 64 keys: 2 * 64 * (D + Dv) * kTile operations, 64 * kTile exponentials; nothing leaves the
 // first-level caches but the staged block.
 #pragma once
 
-#include "tile.h"
+#include "scores.h"
 
 namespace visattn::cpu::VISATTN_ISA {
 
-// The softmax state of a panel's lanes, and the block of scores it works on.
+// The softmax state of a tile's lanes.
 template <class M>
 struct OnlineSoftmax {
   using Acc = typename M::Acc;
@@ -25,55 +28,54 @@ struct OnlineSoftmax {
   Acc* lost;  // what rounding took from `sum` (Kahan), which has one more addend per block
 
   void start() {
-    for (int i = 0; i < L; ++i) maximum[i] = kMinusInf, sum[i] = lost[i] = 0;
+    for (int i = 0; i < kPanels * L; ++i) maximum[i] = kMinusInf, sum[i] = lost[i] = 0;
   }
 
-  // Replace the scores of n keys by weights relative to the new maximum; rescale what was summed before.
+  // Replace a vector's scores of n keys by weights relative to the new maximum; rescale what was summed before.
   template <class Rescale>
-  VISATTN_INLINE void update(Acc* scores, int64_t n, int vectors, Rescale rescale) {
-    for (int v = 0; v < vectors; ++v) {
-      const V old = load(maximum + v * W);
-      V a = old, b = broadcast(kMinusInf);  // two chains hide the latency
-      int64_t r = 0;
-      for (; r + 1 < n; r += 2) {
-        a = max(a, load(scores + r * L + v * W));
-        b = max(b, load(scores + (r + 1) * L + v * W));
-      }
-      if (r < n) a = max(a, load(scores + r * L + v * W));
-      const V top = max(a, b);
-      store(maximum + v * W, top);
-      const V finite = zero_if_infinite(top);  // -inf - -inf would be NaN
-      V l = load(sum + v * W), e = load(lost + v * W);
-      if (any_differs(top, old)) {
-        const V factor = exp2(old - finite);
-        l *= factor;
-        e *= factor;
-        rescale(v, factor);
-      }
-      V block0{}, block1{};
-      for (r = 0; r + 1 < n; r += 2) {
-        const V p0 = exp2(load(scores + r * L + v * W) - finite);
-        const V p1 = exp2(load(scores + (r + 1) * L + v * W) - finite);
-        block0 += p0;
-        block1 += p1;
-        store(scores + r * L + v * W, p0);
-        store(scores + (r + 1) * L + v * W, p1);
-      }
-      if (r < n) {
-        const V p = exp2(load(scores + r * L + v * W) - finite);
-        block0 += p;
-        store(scores + r * L + v * W, p);
-      }
-      const V addend = (block0 + block1) - e, next = l + addend;
-      store(lost + v * W, next == -kMinusInf ? V{} : (next - l) - addend);  // inf - inf would be NaN
-      store(sum + v * W, next);
+  VISATTN_INLINE void update(int lane, Acc* scores, int64_t n, Rescale rescale) {
+    const V old = load(maximum + lane);
+    V a = old, b = broadcast(kMinusInf);  // two chains hide the latency
+    int64_t r = 0;
+    for (; r + 1 < n; r += 2) {
+      a = max(a, load(scores + r * L));
+      b = max(b, load(scores + (r + 1) * L));
     }
+    if (r < n) a = max(a, load(scores + r * L));
+    const V top = max(a, b);
+    store(maximum + lane, top);
+    const V finite = zero_if_infinite(top);  // -inf - -inf would be NaN
+    V l = load(sum + lane), e = load(lost + lane);
+    if (any_differs(top, old)) {
+      const V factor = exp2(old - finite);
+      l *= factor;
+      e *= factor;
+      rescale(factor);
+    }
+    V block0{}, block1{};
+    for (r = 0; r + 1 < n; r += 2) {
+      const V p0 = exp2(load(scores + r * L) - finite);
+      const V p1 = exp2(load(scores + (r + 1) * L) - finite);
+      block0 += p0;
+      block1 += p1;
+      store(scores + r * L, p0);
+      store(scores + (r + 1) * L, p1);
+    }
+    if (r < n) {
+      const V p = exp2(load(scores + r * L) - finite);
+      block0 += p;
+      store(scores + r * L, p);
+    }
+    const V addend = (block0 + block1) - e, next = l + addend;
+    store(lost + lane, next == -kMinusInf ? V{} : (next - l) - addend);  // inf - inf would be NaN
+    store(sum + lane, next);
   }
 };
 
 template <class T>
 struct Forward {
-  using M = typename Arithmetic<T>::Type;
+  using Walker = Walk<T>;
+  using M = typename Walker::M;
   using Acc = typename M::Acc;
   using Elem = typename M::Elem;
   static constexpr int L = kTile<M>, W = kLanes<Acc>;
@@ -81,120 +83,200 @@ struct Forward {
 
   // One item's scratch memory.
   struct Scratch {
-    Elem *queries, *keys, *values, *weights;
-    Acc *scores, *maximum, *sum, *lost, *inverse;
-    int64_t *offset, *walked;
+    Walker walk;
+    Elem *values, *weights;
+    OnlineSoftmax<M> softmax;
+    Acc *inverse, *rows;
+    int64_t *walked;
+    LaneTerm<M> term[2];  // RelativeValue
     BlockSum<M> out[kPanels];
 
-    Scratch(Arena& arena, const Problem& p)
-        : queries(arena.take<Elem>(kPanels * panel_elements<M>(p.head_dim))),
-          keys(arena.take<Elem>(staged_elements<M>(p.head_dim))),
-          values(arena.take<Elem>(staged_elements<M>(p.value_dim))),
+    Scratch(Arena& arena, const Call& call, Pass pass, int threads)
+        : walk(arena, call, true, threads, false, false),
+          values(arena.take<Elem>(staged_elements<M>(call.problem.value_dim))),
           weights(arena.take<Elem>(kBlock / 2 * L)),
-          scores(arena.take<Acc>(kBlock * L)),
-          maximum(arena.take<Acc>(kPanels * L)),
-          sum(arena.take<Acc>(kPanels * L)),
-          lost(arena.take<Acc>(kPanels * L)),
-          inverse(arena.take<Acc>(L)),
-          offset(arena.take<int64_t>(kPanels * L)),
+          softmax{arena.take<Acc>(kPanels * L), arena.take<Acc>(kPanels * L), arena.take<Acc>(kPanels * L)},
+          inverse(arena.take<Acc>(kPanels * L)),
+          rows(arena.take<Acc>(has_term(call, pass) ? kPanels * L * padded<Acc>(call.problem.value_dim) : 0)),
           walked(arena.take<int64_t>(kBlock)),
-          out{{arena, p.value_dim}, {arena, p.value_dim}, {arena, p.value_dim}, {arena, p.value_dim}} {}
+          term{value_term(arena, call, pass, 0), value_term(arena, call, pass, 1)},
+          out{{arena, out_rows(call, pass)}, {arena, out_rows(call, pass)}, {arena, out_rows(call, pass)},
+              {arena, out_rows(call, pass)}} {}
+
+    LaneTerm<M> value_term(Arena& arena, const Call& call, Pass pass, int axis) const {
+      const Problem& p = call.problem;
+      return {arena, has_term(call, pass) && call.vector[kValueTerm][axis].data, false, true, axis,
+              table_slot(kValueTerm, axis), p.reach(axis), p.value_dim, walk.plan.walked_extent(axis),
+              walk.plan.resident_extent(axis)};
+    }
   };
   static_assert(kPanels == 4);
 
-  static Tiling<M> tiling(const Call& call, int threads) {
-    return {call.n_queries(), call.problem.batch * call.problem.heads, threads};
+  static bool has_term(const Call& call, Pass pass) { return pass == Pass::kForward && call.has_vector(kValueTerm); }
+  static int64_t out_rows(const Call& call, Pass pass) { return pass == Pass::kForward ? call.problem.value_dim : 0; }
+
+  static Work plan(const Call& call, Pass pass, int threads) {
+    Arena counting{nullptr};
+    Scratch s(counting, call, pass, threads);
+    return {s.walk.plan.items(), counting.used, 0};
   }
 
-  static int64_t items(const Call& call, int threads) {
-    return tiling(call, threads).tiles * call.problem.batch * call.problem.heads;
-  }
-
-  static void run(const Call& call, int threads, int64_t item, Arena arena, bool with_values) {
-    const Problem& p = call.problem;
-    Scratch s(arena, p);
-    const Tiling<M> tiles = tiling(call, threads);
-    const Tile tile = tiles[item % tiles.tiles];
-    const int64_t head = item / tiles.tiles % p.heads, b = item / tiles.tiles / p.heads;
-    const int64_t kv_head = head / p.group();
-    const int panels = int(ceil_div(tile.count, L));
-    const Acc factor = Acc(p.scale * kLog2E);
-    const Box queries = whole(p.queries);
-
-    query_offsets(call, call.q, queries, tile.first, tile.count, s.offset);
-    for (int t = 0; t < panels; ++t) {
-      pack_panel<M>(
-          Rows<T>{at<T>(call.q, b, head), s.offset + t * L, panel_lanes<M>(tile.count, t), p.head_dim, call.q.channel},
-          s.queries + t * panel_elements<M>(p.head_dim));
-      softmax(s, t).start();
+  static void run(const Call& call, Pass pass, int threads, int64_t item, Arena arena) {
+    Scratch s(arena, call, pass, threads);
+    Walker& walk = s.walk;
+    walk.set_head(item % walk.plan.heads);
+    for (auto& term : s.term)
+      if (term.on) term.table.template load<T>(call.vector[kValueTerm][term.axis], walk.head, false);
+    const int64_t first = item / walk.plan.heads * walk.plan.chunk;
+    for (int64_t i = first; i < min(first + walk.plan.chunk, walk.plan.pairs); ++i) {
+      const auto pair = walk.plan.pair(i);
+      walk.b = pair.b;
+      if (walk.plan.fill(pair.region, pair.tile, walk.tile)) run_tile(call, pass, s);
     }
+  }
 
-    const Box keys = attended_box(p.pattern, p.keys);
-    int64_t block = 0;
-    for (int64_t first = 0; first < keys.size(); first += kBlock, ++block) {
-      const int64_t n = min(kBlock, keys.size() - first);
-      offsets(call.k, keys, first, n, s.walked);
-      const Staged<M> k =
-          stage<M>(Rows<T>{at<T>(call.k, b, kv_head), s.walked, n, p.head_dim, call.k.channel}, Use::kScores, s.keys);
+  static void run_tile(const Call& call, Pass pass, Scratch& s) {
+    Walker& walk = s.walk;
+    const Tile<M>& tile = walk.tile;
+    const int64_t value_dim = call.problem.value_dim;
+    const bool with_values = pass == Pass::kForward;
+    walk.start_tile();
+    walk.start_head();
+    start(call, pass, s);
+    for (int64_t first = 0; first < tile.box.size(); first += kBlock) {
+      walk.next_block(first);
       Staged<M> v{};
+      Rows<T> source{};
       if (with_values) {
-        offsets(call.v, keys, first, n, s.walked);
-        v = stage<M>(Rows<T>{at<T>(call.v, b, kv_head), s.walked, n, p.value_dim, call.v.channel}, Use::kSums,
-                     s.values);
+        walk.block.offsets(tile.walked_y, tile.walked_x, call.v, s.walked);
+        source = {at<T>(call.v, walk.b, walk.kv_head), s.walked, walk.block.n, value_dim, call.v.channel};
+        v = stage<M>(source, Use::kSums, s.values);
       }
-      for (int t = 0; t < panels; ++t) {
-        const int vectors = panel_vectors<M>(panel_lanes<M>(tile.count, t));
-        product<M, false>(vectors, k.data, k.scores, n, k.scores_k, s.queries + t * panel_elements<M>(p.head_dim),
-                          s.scores, factor);
-        softmax(s, t).update(s.scores, n, vectors, [&](int vector, Vec<Acc> by) {
-          if (with_values) s.out[t].each(block, [&](Acc* panel) { rescale(panel, p.value_dim, vector, by); });
+      for (int t = 0; t < tile.panels; ++t) {
+        walk.score(t);
+        walk.vectors(t, [&](int at_lane, int lane, int, int64_t row, int64_t end) {
+          s.softmax.update(lane, walk.scores + row * L + at_lane, end - row, [&](Vec<Acc> by) {
+            if (!with_values) return;
+            s.out[t].each([&](Acc* panel) { rescale(panel + at_lane, L, value_dim, by); });
+            for (auto& term : s.term)
+              if (term.on) rescale(term.sums + lane, kPanels * L, term.extent(tile), by);
+          });
         });
-        if (with_values)
-          s.out[t].add(block, vectors, v.data, v.sums, v.sums_k, pack_weights<M>(s.scores, n, vectors, s.weights));
+        if (!with_values) continue;
+        for (auto& term : s.term)
+          if (term.on) walk.sum_lane(term, t, walk.scores);
+        walk.add(s.out[t], t, v, source, walk.scores, s.weights);
+        s.out[t].count_block();
       }
     }
-    finish(call, s, tile, b, head, block, with_values);
+    if (with_values)
+      finish(call, s);
+    else
+      finish_statistics(call, s);
   }
 
-  static OnlineSoftmax<M> softmax(const Scratch& s, int t) {
-    return {s.maximum + t * L, s.sum + t * L, s.lost + t * L};
+  static VISATTN_INLINE void rescale(Acc* sums, int64_t ld, int64_t rows, Vec<Acc> factor) {
+    for (int64_t i = 0; i < rows; ++i) store(sums + i * ld, load(sums + i * ld) * factor);
   }
 
-  static VISATTN_INLINE void rescale(Acc* panel, int64_t rows, int vector, Vec<Acc> factor) {
-    for (int64_t c = 0; c < rows; ++c) store(panel + c * L + vector * W, load(panel + c * L + vector * W) * factor);
-  }
-
-  static void finish(const Call& call, Scratch& s, const Tile& tile, int64_t b, int64_t head, int64_t blocks,
-                     bool with_values) {
-    if (!with_values) return finish_statistics(call, s, tile, b, head);
-    const Problem& p = call.problem;
-    const Box queries = whole(p.queries);
-    offsets(call.out, queries, tile.first, tile.count, s.offset);
-    for (int t = 0; t * L < tile.count; ++t) {
-      const int64_t lanes = panel_lanes<M>(tile.count, t);
-      const Acc* sum = s.sum + t * L;
-      for (int64_t l = 0; l < lanes; ++l) s.inverse[l] = sum[l] == 0 ? Acc(0) : 1 / sum[l];
-      unpack_panel<M>(s.out[t].finish(blocks), s.inverse, at_mutable<T>(call.out, b, head), s.offset + t * L, lanes,
-                      p.value_dim, call.out.channel);
+  // The empty state, or the one that the part before has left.
+  static void start(const Call& call, Pass pass, Scratch& s) {
+    Walker& walk = s.walk;
+    const Tile<M>& tile = walk.tile;
+    s.softmax.start();
+    for (auto& term : s.term)
+      if (term.on) term.start_sums(tile);
+    if (pass == Pass::kForward)
+      for (int t = 0; t < tile.panels; ++t) s.out[t].start();
+    if (call.part == 0) return;
+    if (pass == Pass::kForward) {
+      const Map& sum = Call::running(call.sum_out, call.out);
+      tile.offsets(sum, walk.offset);
+      for (int t = 0; t < tile.panels; ++t)
+        walk.vectors_of(t, [&](int at_lane, int lane) {
+          pack_vector<Plain<Acc>>(at<Acc>(sum, walk.b, walk.head), walk.offset + lane, call.problem.value_dim,
+                                  sum.channel, s.out[t].part + at_lane);
+        });
+      tile.offsets(call.lse, walk.offset);
+      each_active(tile, [&](int l) {
+        const Acc lse = at<Acc>(call.lse, walk.b, walk.head)[walk.offset[l]];
+        s.softmax.maximum[l] = lse * Acc(kLog2E);
+        s.softmax.sum[l] = lse == kMinusInf ? 0 : 1;
+      });
+    } else {
+      tile.result_offsets(call.maximum, walk.offset);
+      each_active(tile, [&](int l) { s.softmax.maximum[l] = at<Acc>(call.maximum, walk.b, walk.head)[walk.offset[l]]; });
+      tile.result_offsets(call.inverse, walk.offset);
+      each_active(tile, [&](int l) {
+        const Acc inverse = at<Acc>(call.inverse, walk.b, walk.head)[walk.offset[l]];
+        s.softmax.sum[l] = inverse == 0 ? Acc(0) : 1 / inverse;
+        if (inverse == 0) s.softmax.maximum[l] = kMinusInf;
+      });
     }
-    offsets(call.lse, queries, tile.first, tile.count, s.offset);
-    Acc* lse = at_mutable<Acc>(call.lse, b, head);
-    for (int64_t l = 0; l < tile.count; ++l) {
-      const Acc m = s.maximum[l], sum = s.sum[l];
-      lse[s.offset[l]] = sum == 0 ? kMinusInf : m * Acc(kLn2) + natural_log(sum);
-    }
   }
 
-  static void finish_statistics(const Call& call, Scratch& s, const Tile& tile, int64_t b, int64_t head) {
-    const Box box = statistics_box(call);
-    offsets(call.maximum, box, tile.first, tile.count, s.offset);
-    for (int64_t l = 0; l < tile.count; ++l) {
-      const Acc m = s.maximum[l];
-      at_mutable<Acc>(call.maximum, b, head)[s.offset[l]] = m - m == 0 ? m : Acc(0);
+  template <class F>
+  static VISATTN_INLINE void each_active(const Tile<M>& tile, F f) {
+    for (int v = 0; v < tile.vectors; ++v)
+      for (int l = tile.lane_of(v), end = l + W; l < end; ++l)
+        if (tile.active[l]) f(l);
+  }
+
+  static void finish(const Call& call, Scratch& s) {
+    Walker& walk = s.walk;
+    const Tile<M>& tile = walk.tile;
+    const int64_t value_dim = call.problem.value_dim, ld = padded<Acc>(value_dim);
+    const Acc* rows = nullptr;
+    for (int v = 0; v < tile.vectors; ++v)
+      for (int l = tile.lane_of(v), end = l + W; l < end; ++l)
+        s.inverse[l] = s.softmax.sum[l] == 0 ? Acc(0) : 1 / s.softmax.sum[l];
+    if (s.term[0].on || s.term[1].on) {
+      for (int v = 0; v < tile.vectors; ++v)
+        for (int64_t i = tile.lane_of(v) * ld, end = i + W * ld; i < end; i += W) store(s.rows + i, Vec<Acc>{});
+      for (auto& term : s.term)
+        if (term.on) term.spread(tile, nullptr, s.rows, false);
+      each_active(tile, [&](int l) {
+        for (int64_t c = 0; c < ld; ++c) s.rows[l * ld + c] *= s.inverse[l];
+      });
+      rows = s.rows;
     }
-    offsets(call.inverse, box, tile.first, tile.count, s.offset);
-    for (int64_t l = 0; l < tile.count; ++l)
-      at_mutable<Acc>(call.inverse, b, head)[s.offset[l]] = s.sum[l] == 0 ? Acc(0) : 1 / s.sum[l];
+    const bool last = call.last_part();
+    const Map& map = last ? call.out : Call::running(call.sum_out, call.out);
+    tile.offsets(map, walk.offset);
+    for (int t = 0; t < tile.panels; ++t) {
+      const Acc* sums = s.out[t].finish();
+      walk.vectors_of(t, [&](int at_lane, int lane) {
+        const Vec<Acc> factor = load(s.inverse + lane);
+        const Acc* extra = rows ? rows + lane * ld : nullptr;
+        if (last)
+          unpack_vector(sums + at_lane, L, factor, extra, ld, at_mutable<T>(map, walk.b, walk.head),
+                        walk.offset + lane, value_dim, map.channel);
+        else
+          unpack_vector(sums + at_lane, L, factor, extra, ld, at_mutable<Acc>(map, walk.b, walk.head),
+                        walk.offset + lane, value_dim, map.channel);
+      });
+    }
+    tile.offsets(call.lse, walk.offset);
+    Acc* lse = at_mutable<Acc>(call.lse, walk.b, walk.head);
+    each_active(tile, [&](int l) {
+      const Acc m = s.softmax.maximum[l], sum = s.softmax.sum[l];
+      lse[walk.offset[l]] = sum == 0 ? kMinusInf : m * Acc(kLn2) + natural_log(sum);
+    });
+  }
+
+  static void finish_statistics(const Call& call, Scratch& s) {
+    Walker& walk = s.walk;
+    const Tile<M>& tile = walk.tile;
+    tile.result_offsets(call.maximum, walk.offset);
+    each_active(tile, [&](int l) {
+      const Acc m = s.softmax.maximum[l];
+      at_mutable<Acc>(call.maximum, walk.b, walk.head)[walk.offset[l]] = m - m == 0 ? m : Acc(0);
+    });
+    tile.result_offsets(call.inverse, walk.offset);
+    each_active(tile, [&](int l) {
+      at_mutable<Acc>(call.inverse, walk.b, walk.head)[walk.offset[l]] =
+          s.softmax.sum[l] == 0 ? Acc(0) : 1 / s.softmax.sum[l];
+    });
   }
 };
 

@@ -7,29 +7,25 @@
 
 namespace visattn::cpu::VISATTN_ISA {
 
-template <class T, class P>
-int64_t scratch_bytes(const Problem& problem) {
-  Arena counting{nullptr};
-  typename P::Scratch scratch(counting, problem);
-  return counting.used;
-}
-
 template <class T>
 Work plan_as(const Call& call, Pass pass, int threads) {
-  const Problem& p = call.problem;
   switch (pass) {
     case Pass::kForward:
     case Pass::kStatistics:
-      return {Forward<T>::items(call, threads), scratch_bytes<T, Forward<T>>(p)};
+      return Forward<T>::plan(call, pass, threads);
     case Pass::kDelta:
-      return {p.batch * p.queries.h, 0};
-    case Pass::kBackward:
-      return {Backward<T>::items(call, threads), scratch_bytes<T, Backward<T>>(p)};
+      return {call.problem.batch * call.problem.queries.h, 0, 0};
+    case Pass::kGradQueries:
+      return GradQueries<T>::plan(call, threads);
+    case Pass::kGradKeys:
+    case Pass::kGradTogether:
+      return GradKeys<T>::plan(call, pass, threads);
     case Pass::kMap:
+      return MapRows<T>::plan(call, threads);
     case Pass::kReceived:
-      return {Weights<T>::items(call, threads), scratch_bytes<T, Weights<T>>(p)};
+      return Received<T>::plan(call, threads);
   }
-  return {0, 0};
+  return {0, 0, 0};
 }
 
 template <class T>
@@ -38,14 +34,18 @@ void run_as(const Call& call, Pass pass, int threads, int64_t item, void* scratc
   switch (pass) {
     case Pass::kForward:
     case Pass::kStatistics:
-      return Forward<T>::run(call, threads, item, arena, pass == Pass::kForward);
+      return Forward<T>::run(call, pass, threads, item, arena);
     case Pass::kDelta:
       return run_delta<T>(call, item);
-    case Pass::kBackward:
-      return Backward<T>::run(call, threads, item, arena);
+    case Pass::kGradQueries:
+      return GradQueries<T>::run(call, threads, item, arena);
+    case Pass::kGradKeys:
+    case Pass::kGradTogether:
+      return GradKeys<T>::run(call, pass, threads, item, arena);
     case Pass::kMap:
+      return MapRows<T>::run(call, threads, item, arena);
     case Pass::kReceived:
-      return Weights<T>::run(call, threads, item, arena);
+      return Received<T>::run(call, threads, item, arena);
   }
 }
 

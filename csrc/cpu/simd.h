@@ -22,15 +22,12 @@ using f16 = _Float16;
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
-constexpr int kRows = 6;     // a product's register tile is kRows x kVectors accumulators:
-constexpr int kVectors = 4;  // 24 of 32 registers
+constexpr int kVectors = 4;  // vectors of a panel row
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
-constexpr int kRows = 6;
-constexpr int kVectors = 2;  // 12 of 16 registers
+constexpr int kVectors = 2;
 #else
 constexpr int kVectorBytes = 16;
-constexpr int kRows = 4;
 constexpr int kVectors = 2;
 #endif
 
@@ -38,6 +35,8 @@ typedef float VecF __attribute__((vector_size(kVectorBytes)));
 typedef double VecD __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t VecU __attribute__((vector_size(kVectorBytes)));
 typedef uint64_t VecL __attribute__((vector_size(kVectorBytes)));
+typedef int32_t VecI __attribute__((vector_size(kVectorBytes)));
+typedef int64_t VecK __attribute__((vector_size(kVectorBytes)));
 
 template <class T>
 struct Vector;
@@ -45,11 +44,21 @@ template <>
 struct Vector<float> {
   using Type = VecF;
   using Bits = VecU;
+  using Index = int32_t;
 };
 template <>
 struct Vector<double> {
   using Type = VecD;
   using Bits = VecL;
+  using Index = int64_t;
+};
+template <>
+struct Vector<int32_t> {
+  using Type = VecI;
+};
+template <>
+struct Vector<int64_t> {
+  using Type = VecK;
 };
 template <>
 struct Vector<uint32_t> {
@@ -59,6 +68,8 @@ struct Vector<uint32_t> {
 
 template <class T>
 using Vec = typename Vector<T>::Type;
+template <class T>
+using Index = typename Vector<T>::Index;  // an integer as wide as a lane
 template <class T>
 constexpr int kLanes = kVectorBytes / int(sizeof(T));
 
@@ -114,6 +125,68 @@ VISATTN_INLINE bool any_differs(V a, V b) {
   return any;
 }
 
+// base[index] for each lane.
+VISATTN_INLINE VecF gather(const float* base, VecI index) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_i32gather_ps((__m512i)index, base, 4);
+#else
+  VecF x;
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = base[index[i]];
+  return x;
+#endif
+}
+
+VISATTN_INLINE VecD gather(const double* base, VecK index) {
+  VecD x;
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = base[index[i]];
+  return x;
+}
+
+// Transpose a square of kLanes x kLanes numbers, given by rows.
+VISATTN_INLINE void transpose(VecF* rows) {
+#if defined(__AVX512F__)
+  __m512 t[16], u[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps((__m512)rows[i], (__m512)rows[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps((__m512)rows[i], (__m512)rows[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      u[i + 2 * j] = (__m512)_mm512_unpacklo_pd((__m512d)t[i + j], (__m512d)t[i + 2 + j]);
+      u[i + 2 * j + 1] = (__m512)_mm512_unpackhi_pd((__m512d)t[i + j], (__m512d)t[i + 2 + j]);
+    }
+  // u[4 g + c]: in each quarter q, column 4 q + c of rows 4 g and following
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512 a = _mm512_shuffle_f32x4(u[c], u[4 + c], 0x88), b = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0x88);
+    const __m512 d = _mm512_shuffle_f32x4(u[c], u[4 + c], 0xdd), e = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0xdd);
+    rows[c] = (VecF)_mm512_shuffle_f32x4(a, b, 0x88);
+    rows[8 + c] = (VecF)_mm512_shuffle_f32x4(a, b, 0xdd);
+    rows[4 + c] = (VecF)_mm512_shuffle_f32x4(d, e, 0x88);
+    rows[12 + c] = (VecF)_mm512_shuffle_f32x4(d, e, 0xdd);
+  }
+#else
+  for (int i = 0; i < kLanes<float>; ++i)
+    for (int j = 0; j < i; ++j) {
+      const float x = rows[i][j];
+      rows[i][j] = rows[j][i];
+      rows[j][i] = x;
+    }
+#endif
+}
+
+VISATTN_INLINE void transpose(VecD* rows) {
+  for (int i = 0; i < kLanes<double>; ++i)
+    for (int j = 0; j < i; ++j) {
+      const double x = rows[i][j];
+      rows[i][j] = rows[j][i];
+      rows[j][i] = x;
+    }
+}
+
 // 2^x by a polynomial of degree 6 on [-1/2, 1/2], the minimax of the relative error (2e-9, so that float32's own
 // rounding is what remains) among those with 2^0 = 1 exactly. 0 for -inf, inf for inf, NaN for NaN.
 VISATTN_INLINE VecF exp2(VecF x) {
@@ -141,7 +214,6 @@ VISATTN_INLINE VecF exp2(VecF x) {
 #if defined(__AVX512F__)
   return (VecF)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
-  typedef int32_t VecI __attribute__((vector_size(kVectorBytes)));
   const VecI bits = (__builtin_convertvector(n, VecI) + 127) << 23;  // n = -127 gives 0, n = 128 infinity
   return p * (VecF)bits;
 #endif

@@ -1,103 +1,171 @@
 // The attention map, read without storing it: its rows at some queries, and its column sums.
 //
-// Both hold keys in the lanes and walk queries, with weights P = 2^(S - maximum) * inverse from the statistics
-// computed before. (From lse the weights would inherit the rounding of a logarithm.)
+// Weights are P = 2^(S - maximum) * inverse, from the statistics computed before. (From lse they would inherit the
+// rounding of a logarithm.) Rows hold their queries in the lanes and walk keys; sums hold keys and walk queries.
 #pragma once
 
-#include "backward.h"
+#include "backward_keys.h"
 
 namespace visattn::cpu::VISATTN_ISA {
 
+template <class Acc>
+VISATTN_INLINE Vec<Acc> weight(Vec<Acc> score, Vec<Acc> maximum, Vec<Acc> inverse, bool guarded) {
+  const Vec<Acc> w = exp2(score - maximum) * inverse;
+  return guarded ? (score == -Acc(__builtin_inf()) ? Vec<Acc>{} : w) : w;
+}
+
 template <class T>
-struct Weights {
-  using M = typename Arithmetic<T>::Type;
+struct MapRows {
+  using Walker = Walk<T>;
+  using M = typename Walker::M;
   using Acc = typename M::Acc;
-  using Elem = typename M::Elem;
   static constexpr int L = kTile<M>, W = kLanes<Acc>;
 
   struct Scratch {
-    Elem *keys, *queries;
-    Acc *scores, *maximum, *inverse, *received, *part;
-    int64_t *offset, *walked;
+    Walker walk;
+    Acc *maximum, *inverse;
+    int64_t* walked;
 
-    Scratch(Arena& arena, const Problem& p)
-        : keys(arena.take<Elem>(kPanels * panel_elements<M>(p.head_dim))),
-          queries(arena.take<Elem>(staged_elements<M>(p.head_dim))),
-          scores(arena.take<Acc>(kBlock * L)),
+    Scratch(Arena& arena, const Call& call, int threads)
+        : walk(arena, call, true, threads, false, false),
+          maximum(arena.take<Acc>(kPanels * L)),
+          inverse(arena.take<Acc>(kPanels * L)),
+          walked(arena.take<int64_t>(kBlock)) {}
+  };
+
+  static Work plan(const Call& call, int threads) {
+    Arena counting{nullptr};
+    Scratch s(counting, call, threads);
+    return {s.walk.plan.items(), counting.used, 0};
+  }
+
+  static void run(const Call& call, int threads, int64_t item, Arena arena) {
+    Scratch s(arena, call, threads);
+    Walker& walk = s.walk;
+    const Tile<M>& tile = walk.tile;
+    walk.set_head(item % walk.plan.heads);
+    const int64_t begin = item / walk.plan.heads * walk.plan.chunk;
+    for (int64_t i = begin; i < min(begin + walk.plan.chunk, walk.plan.pairs); ++i) {
+      const auto pair = walk.plan.pair(i);
+      walk.b = pair.b;
+      if (!walk.plan.fill(pair.region, pair.tile, walk.tile)) continue;
+      walk.start_tile();
+      walk.start_head();
+      load(walk, call.maximum, s.maximum);
+      load(walk, call.inverse, s.inverse);
+      for (int64_t first = 0; first < tile.box.size(); first += kBlock) {
+        walk.next_block(first);
+        const Map keys{nullptr, 0, call.problem.keys.w, 1, 0, 0};
+        walk.block.offsets(tile.walked_y, tile.walked_x, keys, s.walked);
+        for (int t = 0; t < tile.panels; ++t) {
+          walk.score(t);
+          walk.vectors(t, [&](int at_lane, int lane, int, int64_t row, int64_t end) {
+            for (int64_t r = row; r < end; ++r) {
+              if (s.walked[r] == kNowhere) continue;
+              const Vec<Acc> w = weight<Acc>(VISATTN_ISA::load(walk.scores + r * L + at_lane),
+                                             VISATTN_ISA::load(s.maximum + lane), VISATTN_ISA::load(s.inverse + lane),
+                                             walk.guarded);
+              for (int l = 0; l < W; ++l)
+                if (tile.active[lane + l] && (!tile.masked || inside(tile, walk.block, r, lane + l, walk)))
+                  (at_mutable<Acc>(call.weights, walk.b, walk.head) +
+                   tile.point[lane + l] * call.weights.y)[s.walked[r]] = w[l];
+            }
+          });
+        }
+      }
+    }
+  }
+
+  // Whether the pattern has the pair: what it has not another part may have written.
+  static bool inside(const Tile<M>& tile, const Block<Acc>& block, int64_t r, int l, const Walker& walk) {
+    const int64_t y = block.y[r] - tile.first_y[l], x = block.x[r] - tile.first_x[l];
+    const bool own = walk.plan.part.others && block.y[r] == tile.y[l] && block.x[r] == tile.x[l];
+    return y >= 0 && y < tile.size_y[l] && x >= 0 && x < tile.size_x[l] && !own;
+  }
+
+  static void load(Walker& walk, const Map& map, Acc* to) {
+    walk.tile.result_offsets(map, walk.offset);
+    const Acc* from = at<Acc>(map, walk.b, walk.head);
+    for (int v = 0; v < walk.tile.vectors; ++v)
+      for (int l = walk.tile.lane_of(v), end = l + W; l < end; ++l)
+        to[l] = walk.offset[l] == kNowhere ? Acc(0) : from[walk.offset[l]];
+  }
+};
+
+template <class T>
+struct Received {
+  using Walker = Walk<T>;
+  using M = typename Walker::M;
+  using Acc = typename M::Acc;
+  static constexpr int L = kTile<M>, W = kLanes<Acc>;
+  static constexpr int kFlush = BlockSum<M>::kFlush;
+
+  struct Scratch {
+    Walker walk;
+    Acc *maximum, *inverse, *received, *part;
+    int64_t* walked;
+
+    Scratch(Arena& arena, const Call& call, int threads)
+        : walk(arena, call, false, threads, false, false),
           maximum(arena.take<Acc>(kBlock)),
           inverse(arena.take<Acc>(kBlock)),
           received(arena.take<Acc>(kPanels * L)),
           part(arena.take<Acc>(kPanels * L)),
-          offset(arena.take<int64_t>(kPanels * L)),
           walked(arena.take<int64_t>(kBlock)) {}
   };
 
-  static Tiling<M> tiling(const Call& call, int threads) {
-    return {call.problem.keys.size(), call.problem.batch * call.problem.kv_heads, threads};
-  }
-
-  static int64_t items(const Call& call, int threads) {
-    return tiling(call, threads).tiles * call.problem.batch * call.problem.kv_heads;
+  static Work plan(const Call& call, int threads) {
+    Arena counting{nullptr};
+    Scratch s(counting, call, threads);
+    return {s.walk.plan.items(), counting.used, 0};
   }
 
   static void run(const Call& call, int threads, int64_t item, Arena arena) {
-    const Problem& p = call.problem;
-    Scratch s(arena, p);
-    const Tiling<M> tiles = tiling(call, threads);
-    const Tile tile = tiles[item % tiles.tiles];
-    const int64_t kv_head = item / tiles.tiles % p.kv_heads, b = item / tiles.tiles / p.kv_heads;
-    const int panels = int(ceil_div(tile.count, L));
-    const Acc factor = Acc(p.scale * kLog2E);
-    const Box keys = whole(p.keys);
-    const int64_t n_queries = call.n_queries();
-    const Box statistics = statistics_box(call);
+    Scratch s(arena, call, threads);
+    Walker& walk = s.walk;
+    const int64_t begin = item / walk.plan.heads * walk.plan.chunk;
+    for (int64_t i = begin; i < min(begin + walk.plan.chunk, walk.plan.pairs); ++i) {
+      const auto pair = walk.plan.pair(i);
+      walk.b = pair.b;
+      if (walk.plan.fill(pair.region, pair.tile, walk.tile)) run_tile(call, s, item % walk.plan.heads);
+    }
+  }
 
-    offsets(call.k, keys, tile.first, tile.count, s.offset);
-    for (int t = 0; t < panels; ++t)
-      pack_panel<M>(Rows<T>{at<T>(call.k, b, kv_head), s.offset + t * L, panel_lanes<M>(tile.count, t), p.head_dim,
-                            call.k.channel},
-                    s.keys + t * panel_elements<M>(p.head_dim));
+  static void run_tile(const Call& call, Scratch& s, int64_t kv_head) {
+    Walker& walk = s.walk;
+    const Tile<M>& tile = walk.tile;
+    const int64_t group = call.problem.group();
+    walk.kv_head = kv_head;
+    walk.start_tile();
     for (int i = 0; i < kPanels * L; ++i) s.received[i] = s.part[i] = 0;
-
-    int64_t block = 0;
-    for (int64_t head = kv_head * p.group(); head < (kv_head + 1) * p.group(); ++head)
-      for (int64_t first = 0; first < n_queries; first += kBlock, ++block) {
-        const int64_t n = min(kBlock, n_queries - first);
-        query_offsets(call, call.q, whole(p.queries), first, n, s.walked);
-        const Staged<M> q =
-            stage<M>(Rows<T>{at<T>(call.q, b, head), s.walked, n, p.head_dim, call.q.channel}, Use::kScores, s.queries);
-        Backward<T>::load_block(call.maximum, statistics, b, head, first, n, s.walked, s.maximum);
-        Backward<T>::load_block(call.inverse, statistics, b, head, first, n, s.walked, s.inverse);
-        for (int t = 0; t < panels; ++t) {
-          const int64_t lanes = panel_lanes<M>(tile.count, t);
-          const int vectors = panel_vectors<M>(lanes);
-          product<M, false>(vectors, q.data, q.scores, n, q.scores_k, s.keys + t * panel_elements<M>(p.head_dim),
-                            s.scores, factor);
-          for (int i = 0; i < vectors; ++i) {
+    int64_t blocks = 0;
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+      walk.set_head(head);
+      walk.start_head();
+      for (int64_t first = 0; first < tile.box.size(); first += kBlock) {
+        walk.next_block(first);
+        GradKeys<T>::load_block(walk, call.maximum, s.walked, s.maximum);
+        GradKeys<T>::load_block(walk, call.inverse, s.walked, s.inverse);
+        for (int t = 0; t < tile.panels; ++t) {
+          walk.score(t);
+          walk.vectors(t, [&](int at_lane, int lane, int, int64_t row, int64_t end) {
             Vec<Acc> sum{};
-            for (int64_t r = 0; r < n; ++r) {
-              Acc* score = s.scores + r * L + i * W;
-              const Vec<Acc> weight = exp2(load(score) - s.maximum[r]) * s.inverse[r];
-              store(score, weight);
-              sum += weight;
-            }
-            Acc* part = s.part + t * L + i * W;
-            store(part, load(part) + sum);
-          }
-          if (call.weights.data)
-            for (int64_t r = 0; r < n; ++r)
-              __builtin_memcpy(
-                  at_mutable<Acc>(call.weights, b, head) + (first + r) * call.weights.x + tile.first + t * L,
-                  s.scores + r * L, lanes * sizeof(Acc));
+            for (int64_t r = row; r < end; ++r)
+              sum += weight<Acc>(load(walk.scores + r * L + at_lane), broadcast(s.maximum[r]), broadcast(s.inverse[r]),
+                                 walk.guarded);
+            store(s.part + lane, load(s.part + lane) + sum);
+          });
         }
-        if (block % BlockSum<M>::kFlush == BlockSum<M>::kFlush - 1) flush(s);
+        if (++blocks % kFlush == 0) flush(s);
       }
+    }
     flush(s);
-
-    if (!call.received.data) return;
-    offsets(call.received, keys, tile.first, tile.count, s.offset);
-    Acc* received = at_mutable<Acc>(call.received, b, kv_head);
-    for (int64_t l = 0; l < tile.count; ++l) received[s.offset[l]] = s.received[l];
+    tile.offsets(call.received, walk.offset);
+    Acc* received = at_mutable<Acc>(call.received, walk.b, kv_head);
+    for (int v = 0; v < tile.vectors; ++v)
+      for (int l = tile.lane_of(v), end = l + W; l < end; ++l)
+        if (tile.active[l])
+          received[walk.offset[l]] = s.received[l] + (call.part > 0 ? received[walk.offset[l]] : Acc(0));
   }
 
   static void flush(Scratch& s) {

@@ -1,0 +1,370 @@
+// Relative terms: what depends on the offset between a resident and a walked position, one axis at a time.
+//
+// A vector table adds x_i · rel[offset] to a score (or to the weight's gradient, with x the gradient of out). Those
+// products are computed first, O(N K) numbers, and a score only adds two of them. Whose vector it is decides how:
+//
+//     LaneTerm   x is resident:  values[walked index][lane], made once per tile; sums over a tile's scores by walked
+//                index are, the other way round, the gradient of those products
+//     WalkTerm   x is walked:    values[walked position][offset], made once per block; a lane finds its own by its index
+//     BiasTerm   no vector:      a table of numbers by both offsets, spread out once as [walked position][lane]
+//
+// Here an offset is counted as walked minus lane (LaneTerm) or lane minus walked (WalkTerm), so that it grows with what
+// is contiguous; a table whose own offsets, key minus query, run the other way is flipped as it is read.
+#pragma once
+
+#include "walk.h"
+
+namespace visattn::cpu::VISATTN_ISA {
+
+template <class Acc>
+constexpr int64_t padded(int64_t n) {
+  return ceil_div(n, kLanes<Acc>) * kLanes<Acc>;
+}
+
+// One relative table of the head in hand, in the arithmetic of sums.
+template <class Acc>
+struct Vectors {
+  int64_t reach, channels, entries, ld_transposed, ld_rows;
+  Acc *transposed, *rows;  // [channel][entry], zeros past the last; [entry][channel], likewise
+
+  Vectors(Arena& arena, bool there, int64_t reach, int64_t channels)
+      : reach(reach), channels(channels), entries(table_entries(reach)),
+        ld_transposed(padded<Acc>(entries) + kTile<Plain<Acc>>), ld_rows(padded<Acc>(channels)),
+        transposed(arena.take<Acc>(there ? channels * ld_transposed : 0)),
+        rows(arena.take<Acc>(there ? entries * ld_rows : 0)) {}
+
+  template <class T>
+  void load(const Table& table, int64_t head, bool flip) {
+    for (int64_t e = 0; e < entries; ++e) {
+      const T* from = (const T*)table.data + head * table.head + (flip ? entries - 1 - e : e) * table.entry;
+      for (int64_t c = 0; c < channels; ++c) {
+        const Acc x = widen(from[c * table.column]);
+        transposed[c * ld_transposed + e] = rows[e * ld_rows + c] = x;
+      }
+      for (int64_t c = channels; c < ld_rows; ++c) rows[e * ld_rows + c] = 0;
+    }
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t e = entries; e < ld_transposed; ++e) transposed[c * ld_transposed + e] = 0;
+  }
+
+  // out[r][c] = factor * a_r · rel[first + c] for c < columns, 0 where the table has no such offset.
+  void products(const Acc* a, Strides s, int64_t n, int64_t first, int64_t columns, Acc* out, int64_t ld,
+                Acc factor) const {
+    const int64_t low = min(max(0, 1 - reach - first), columns), high = max(low, min(columns, reach - first));
+    if (high > low)
+      wide_product<Plain<Acc>, false>(high - low, a, s, n, channels, transposed + first + low + reach - 1,
+                                      ld_transposed, out + low, ld, factor);
+    for (int64_t r = 0; r < n; ++r) {
+      for (int64_t c = 0; c < low; ++c) out[r * ld + c] = 0;
+      for (int64_t c = high; c < columns; ++c) out[r * ld + c] = 0;
+    }
+  }
+};
+
+// The vectors of a tile's lanes as rows [lane][channel], zeros in lanes that are left over.
+template <class Acc, class T>
+VISATTN_INLINE void load_rows(const T* data, const int64_t* offset, int64_t n, int64_t channels, int64_t stride,
+                              Acc* to) {
+  const int64_t ld = padded<Acc>(channels);
+  for (int64_t l = 0; l < n; ++l, to += ld) {
+    const bool there = offset[l] != kNowhere;
+    for (int64_t c = 0; c < ld; c += kLanes<Acc>) {
+      if (!there || stride != 1 || c >= channels)
+        store(to + c, Vec<Acc>{});
+      else
+        store(to + c, load_some<Acc>(data + offset[l] + c, channels - c));
+    }
+    if (there && stride != 1)
+      for (int64_t c = 0; c < channels; ++c) to[c] = widen(data[offset[l] + c * stride]);
+  }
+}
+
+template <class M>
+struct LaneTerm {
+  using Acc = typename M::Acc;
+  static constexpr int L = kTile<M>, W = kLanes<Acc>;
+
+  bool on;
+  int axis;
+  int slot;  // where its table's gradient goes
+  Acc factor, grad_factor;
+  Vectors<Acc> table;
+  Acc *values, *sums;  // [walked index][kPanels * L]
+  Acc *grad;           // of the table, [entry][channel]
+  int64_t ld_skewed;
+  Acc* skewed;  // [W][offset]: a vector's rows by offset
+
+  // `walked` and `resident`: the longest lines of either side on the axis.
+  LaneTerm(Arena& arena, bool on, bool reads, bool sums, int axis, int slot, int64_t reach, int64_t channels,
+           int64_t walked, int64_t resident)
+      : on(on), axis(axis), slot(slot), factor(1), grad_factor(1), table(arena, on, reach, channels),
+        values(arena.take<Acc>(on && reads ? walked * kPanels * L : 0)),
+        sums(arena.take<Acc>(on && sums ? walked * kPanels * L : 0)),
+        grad(arena.take<Acc>(on && sums ? table.entries * table.ld_rows : 0)),
+        ld_skewed(padded<Acc>(walked + resident + W) + L),
+        skewed(arena.take<Acc>(on ? W * ld_skewed : 0)) {}
+
+  const Index<Acc>* index(const Tile<M>& t) const { return axis ? t.x : t.y; }
+  int64_t first(const Tile<M>& t) const { return axis ? t.box.x : t.box.y; }
+  int64_t extent(const Tile<M>& t) const { return axis ? t.box.w : t.box.h; }
+
+  void last_index(const Tile<M>& t, int lane, int64_t* least, int64_t* most) const {
+    *least = *most = index(t)[lane];
+    for (int l = lane; l < lane + W; ++l) *least = min(*least, index(t)[l]), *most = max(*most, index(t)[l]);
+  }
+
+  // values[w][lane] = factor * x_lane · rel[walked - lane], from the lanes' rows.
+  void read(const Tile<M>& t, const Acc* rows) {
+    const int64_t n = extent(t), ld = table.ld_rows;
+    for (int v = 0; v < t.vectors; ++v) {
+      const int lane = t.lane_of(v);
+      int64_t least, most;
+      last_index(t, lane, &least, &most);
+      table.products(rows + lane * ld, {ld, 1}, W, first(t) - most, n + most - least, skewed, ld_skewed, factor);
+      for (int64_t w = 0; w < n; w += W) {
+        Vec<Acc> square[W];
+        for (int l = 0; l < W; ++l) square[l] = load(skewed + l * ld_skewed + w + most - index(t)[lane + l]);
+        transpose(square);
+        for (int64_t i = 0; i < W && w + i < n; ++i) store(values + (w + i) * kPanels * L + lane, square[i]);
+      }
+    }
+  }
+
+  void start_sums(const Tile<M>& t) {
+    for (int64_t i = 0; i < extent(t) * kPanels * L; i += W) store(sums + i, Vec<Acc>{});
+  }
+
+  void start_grad() {
+    for (int64_t i = 0; i < table.entries * table.ld_rows; ++i) grad[i] = 0;
+  }
+
+  // From the sums by walked index: each lane's out += grad_factor * sum by offset of rel[offset], and the table's
+  // gradient += grad_factor * sum by offset of x_lane. Either may be left out. A lane whose sums are all zero, as those
+  // of a removed key, adds nothing, even if its vector is NaN.
+  void spread(const Tile<M>& t, const Acc* rows, Acc* out, bool with_grad) {
+    const int64_t n = extent(t), ld = table.ld_rows;
+    for (int v = 0; v < t.vectors; ++v) {
+      const int lane = t.lane_of(v);
+      int64_t least, most;
+      last_index(t, lane, &least, &most);
+      const int64_t width = n + most - least, start = first(t) - most;
+      Vec<Acc> size{};
+      for (int l = 0; l < W; ++l)
+        for (int64_t c = 0; c < width; c += W) store(skewed + l * ld_skewed + c, Vec<Acc>{});
+      for (int64_t w = 0; w < n; w += W) {
+        Vec<Acc> square[W];
+        for (int64_t i = 0; i < W; ++i) {
+          square[i] = w + i < n ? load(sums + (w + i) * kPanels * L + lane) * grad_factor : Vec<Acc>{};
+          size += square[i] * square[i];
+        }
+        transpose(square);
+        for (int l = 0; l < W; ++l)
+          if (t.active[lane + l]) store(skewed + l * ld_skewed + w + most - index(t)[lane + l], square[l]);
+      }
+      const int64_t low = max(0, 1 - table.reach - start), high = min(width, table.reach - start);
+      if (high <= low) continue;
+      const int64_t entry = start + low + table.reach - 1;
+      if (out)
+        wide_product<Plain<Acc>, true>(ld, skewed + low, {ld_skewed, 1}, W, high - low, table.rows + entry * ld, ld,
+                                       out + lane * ld, ld, 1);
+      if (!with_grad) continue;
+      bool all = true;
+      for (int l = 0; l < W; ++l) all &= size[l] != 0 || !t.active[lane + l];
+      if (all) {
+        wide_product<Plain<Acc>, true>(ld, skewed + low, {1, ld_skewed}, high - low, W, rows + lane * ld, ld,
+                                       grad + entry * ld, ld, 1);
+        continue;
+      }
+      for (int l = 0; l < W; ++l)
+        if (size[l] != 0 && t.active[lane + l])
+          wide_product<Plain<Acc>, true>(ld, skewed + l * ld_skewed + low, {1, 1}, high - low, 1,
+                                         rows + (lane + l) * ld, ld, grad + entry * ld, ld, 1);
+    }
+  }
+
+  // Add the table's gradient to a share, in the table's own order.
+  void add_grad(Acc* share, bool flip) const {
+    for (int64_t e = 0; e < table.entries; ++e)
+      for (int64_t c = 0; c < table.channels; ++c)
+        share[(flip ? table.entries - 1 - e : e) * table.channels + c] += grad[e * table.ld_rows + c];
+  }
+};
+
+template <class M>
+struct WalkTerm {
+  using Acc = typename M::Acc;
+  static constexpr int L = kTile<M>, W = kLanes<Acc>;
+
+  bool on;
+  int axis;
+  Acc factor;
+  Vectors<Acc> table;
+  Acc* values;  // [walked position][offset - first]
+  int64_t ld, first;
+
+  WalkTerm(Arena& arena, bool on, int axis, int64_t reach, int64_t channels, int64_t walked, int64_t resident)
+      : on(on), axis(axis), factor(1), table(arena, on, reach, channels),
+        values(arena.take<Acc>(on ? kBlock * (padded<Acc>(walked + resident + W) + L) : 0)),
+        ld(padded<Acc>(walked + resident + W) + L), first(0) {}
+
+  const Index<Acc>* index(const Tile<M>& t) const { return axis ? t.x : t.y; }
+
+  // values[r][lane - walked] = factor * x_r · rel[lane - walked], from the block's rows.
+  void read(const Tile<M>& t, const Block<Acc>& block, const Acc* rows, Strides s) {
+    const Index<Acc>* walked = axis ? block.x : block.y;
+    int64_t least = walked[0], most = walked[0], low = index(t)[0], high = low;
+    for (int64_t r = 0; r < block.n; ++r) least = min(least, walked[r]), most = max(most, walked[r]);
+    for (int v = 0; v < t.vectors; ++v)
+      for (int l = t.lane_of(v), end = l + W; l < end; ++l) low = min(low, index(t)[l]), high = max(high, index(t)[l]);
+    first = low - most;
+    table.products(rows, s, block.n, first, high - least - first + 1, values, ld, factor);
+  }
+
+  // scores[r][lane] += values for rows [from, to) of one vector.
+  VISATTN_INLINE void add(const Tile<M>& t, const Block<Acc>& block, int v, int lane, int64_t from, int64_t to,
+                          Acc* scores) const {
+    const Index<Acc>* walked = axis ? block.x : block.y;
+    const Index<Acc>* lanes = index(t) + lane;
+    const Spread spread = axis ? t.spread_x[v] : t.spread_y[v];
+    const auto offsets = load(lanes) - lanes[0];
+    for (int64_t r = from; r < to; ++r) {
+      const Acc* p = values + r * ld + lanes[0] - walked[r] - first;
+      const Vec<Acc> x = spread == Spread::kUniform       ? broadcast(*p)
+                         : spread == Spread::kConsecutive ? load(p)
+                                                          : gather(p, offsets);
+      store(scores + r * L, load(scores + r * L) + x);
+    }
+  }
+};
+
+template <class M>
+struct BiasTerm {
+  using Acc = typename M::Acc;
+  static constexpr int L = kTile<M>, W = kLanes<Acc>;
+  static constexpr int64_t kMaxBytes = 1 << 20;  // of the spread table
+
+  bool on;
+  int64_t reach_h, reach_w, columns, size;
+  Acc *table, *values, *sums, *grad;
+  int64_t capacity;  // rows of `values` and `sums`
+  bool flip;         // whether the lanes are keys
+  // What `values` holds: all the rows of a box relative to the tile, or those of one block.
+  bool whole, filled;
+  Box box;
+  int64_t lane_width, lane_x, lane_count;
+  int lane_vectors;
+
+  // `rows`: the most walked positions around a tile, by index relative to its first lane.
+  BiasTerm(Arena& arena, bool on, bool sums, bool queries, int64_t reach_h, int64_t reach_w, int64_t rows)
+      : on(on), reach_h(reach_h), reach_w(reach_w), columns(table_entries(reach_w)),
+        size(table_entries(reach_h) * columns), table(arena.take<Acc>(on ? size : 0)), flip(!queries), filled(false),
+        box{0, 0, 0, 0}, lane_width(0), lane_x(0), lane_count(0), lane_vectors(0) {
+    whole = rows * kPanels * L * int64_t(sizeof(Acc)) <= kMaxBytes;
+    capacity = whole ? rows : kBlock;
+    values = arena.take<Acc>(on ? capacity * kPanels * L : 0);
+    this->sums = arena.take<Acc>(on && sums ? capacity * kPanels * L : 0);
+    grad = arena.take<Acc>(on && sums ? size : 0);
+  }
+
+  template <class T>
+  void load_table(const Table& from, int64_t head, Acc factor) {
+    for (int64_t y = 0; y < table_entries(reach_h); ++y)
+      for (int64_t x = 0; x < columns; ++x)
+        table[y * columns + x] =
+            factor * widen(((const T*)from.data)[head * from.head + y * from.entry + x * from.column]);
+    filled = false;
+  }
+
+  // The entry of an offset of indices, walked minus lane. Pairs that the pattern does not have may lie outside the
+  // table; they are masked afterwards, and get any entry.
+  VISATTN_INLINE int64_t entry(int64_t y, int64_t x) const {
+    const int64_t e = (flip ? -y : y) * columns + (flip ? -x : x) + (reach_h - 1) * columns + reach_w - 1;
+    return e < 0 ? 0 : e >= size ? size - 1 : e;
+  }
+
+  template <class F>
+  VISATTN_INLINE void each_lane(const Tile<M>& t, F f) const {
+    for (int v = 0; v < t.vectors; ++v)
+      for (int l = t.lane_of(v), end = l + W; l < end; ++l) f(l);
+  }
+
+  void fill_row(const Tile<M>& t, int64_t y, int64_t x, Acc* row) const {
+    each_lane(t, [&](int l) { row[l] = table[entry(y - t.y[l], x - t.x[l])]; });
+  }
+
+  void add_row(const Tile<M>& t, int64_t y, int64_t x, const Acc* row) {
+    each_lane(t, [&](int l) {
+      if (t.active[l] || t.masked) grad[entry(y - t.y[l], x - t.x[l])] += row[l];
+    });
+  }
+
+  // Make the rows of a tile's box, unless those that are there will do. `near`: of a tile that differs from others only
+  // by where it lies, so that rows for every offset within reach serve all of them.
+  void read(const Tile<M>& t, bool near_y, bool near_x) {
+    if (!whole) return;
+    Box want{t.box.y - t.origin_y, t.box.x - t.origin_x, t.box.h, t.box.w};
+    if (near_y) want.y = 1 - reach_h, want.h = lane_extent(t, t.y, t.origin_y) + 2 * (reach_h - 1);
+    if (near_x) want.x = 1 - reach_w, want.w = lane_extent(t, t.x, t.origin_x) + 2 * (reach_w - 1);
+    const int64_t width = near_y || near_x ? 0 : t.resident_x.count, start = near_y || near_x ? 0 : t.origin_x;
+    const int64_t count = t.masked ? 0 : t.count;  // masked lanes add nothing
+    if (filled && want.y == box.y && want.x == box.x && want.h == box.h && want.w == box.w && width == lane_width &&
+        start == lane_x && count == lane_count && t.vectors == lane_vectors)
+      return;
+    flush();
+    box = want, lane_width = width, lane_x = start, lane_count = count, lane_vectors = t.vectors, filled = true;
+    shape = t;
+    for (int64_t y = 0, r = 0; y < box.h; ++y)
+      for (int64_t x = 0; x < box.w; ++x, ++r)
+        fill_row(t, t.origin_y + box.y + y, t.origin_x + box.x + x, values + r * kPanels * L);
+    if (sums)
+      for (int64_t i = 0; i < box.size() * kPanels * L; ++i) sums[i] = 0;
+  }
+
+  static int64_t lane_extent(const Tile<M>& t, const Index<Acc>* index, int64_t origin) {
+    int64_t most = origin;
+    for (int v = 0; v < t.vectors; ++v)
+      for (int l = t.lane_of(v), end = l + W; l < end; ++l) most = max(most, index[l]);
+    return most - origin + 1;
+  }
+
+  // To be called before each block.
+  void read_block(const Tile<M>& t, const Block<Acc>& block) {
+    if (whole) return;
+    for (int64_t r = 0; r < block.n; ++r) fill_row(t, block.y[r], block.x[r], values + r * kPanels * L);
+    if (sums)
+      for (int64_t i = 0; i < block.n * kPanels * L; ++i) sums[i] = 0;
+  }
+
+  // To be called after each block whose sums were added to.
+  void flush_block(const Tile<M>& t, const Block<Acc>& block) {
+    if (whole) return;
+    for (int64_t r = 0; r < block.n; ++r) add_row(t, block.y[r], block.x[r], sums + r * kPanels * L);
+  }
+
+  VISATTN_INLINE int64_t row(const Tile<M>& t, const Block<Acc>& block, int64_t r) const {
+    if (!whole) return r * kPanels * L;
+    return ((block.y[r] - t.origin_y - box.y) * box.w + block.x[r] - t.origin_x - box.x) * kPanels * L;
+  }
+
+  void start_grad() {
+    for (int64_t i = 0; i < size; ++i) grad[i] = 0;
+  }
+
+  // Move what was summed by position into the gradient by entry.
+  void flush() {
+    if (!sums || !whole || !filled) return;
+    for (int64_t y = 0, r = 0; y < box.h; ++y)
+      for (int64_t x = 0; x < box.w; ++x, ++r)
+        add_row(shape, shape.origin_y + box.y + y, shape.origin_x + box.x + x, sums + r * kPanels * L);
+    filled = false;
+  }
+
+  void add_grad(Acc* share) const {
+    for (int64_t i = 0; i < size; ++i) share[i] += grad[i];
+  }
+
+ private:
+  Tile<M> shape;  // the tile that `values` was made for
+};
+
+}  // namespace visattn::cpu::VISATTN_ISA
