@@ -100,12 +100,6 @@ def test_bad_input(what: str, call, kind: type[Exception], says: str) -> None:
     assert re.search(says, str(caught.value), re.S), caught.value
 
 
-def test_terms_are_not_there_yet() -> None:
-    q, k, v = maps(Q, Q, Q)
-    with pytest.raises(NotImplementedError, match="terms"):
-        va.attention(q, k, v, terms=(object(),))
-
-
 def test_forced_backend_lists_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (x.to("meta") for x in maps(Q, Q, Q))
     with pytest.raises(RuntimeError, match=r"backend='cpu'.*tensors are on meta"):
