@@ -42,8 +42,11 @@ def cases(draw: st.DrawFn) -> Case:
 @settings(SETTINGS, max_examples=150)
 @given(cases())
 def test_random_problems(case: Case) -> None:
-    attend = lambda q, k, v: va.attention(q, k, v, scale=case.scale, return_lse=True, backend="cpu")
-    hold(case, differentiate(attend, inputs(case), case.needs))
+    def attend(q, k, v, **extra):
+        call = {"scale": case.scale, "terms": case.build_terms(extra), "backend": "cpu"}
+        return va.attention(q, k, v, case.pattern, **call, return_lse=True)
+
+    hold(case, differentiate(attend, inputs(case), case.wanted))
 
 
 SHAPE = st.lists(st.integers(0, 3), min_size=3, max_size=6).map(tuple)
