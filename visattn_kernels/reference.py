@@ -9,7 +9,7 @@ exist; [Hk', Wk'] are its sides.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -232,7 +232,13 @@ def _table(
     return table[:, _index(q, k, pattern, axis, outside)]
 
 
-def _along(tables: list[torch.Tensor | None], sees: torch.Tensor | None, h: Any, w: Any, gone: tuple[int, int]) -> Any:
+def _along(
+    tables: list[torch.Tensor | None],
+    sees: torch.Tensor | None,
+    h: Callable[..., torch.Tensor],
+    w: Callable[..., torch.Tensor],
+    gone: tuple[int, int],
+) -> torch.Tensor:
     """The sum of what the two axes of a relative term give, `h(table, seen)` and `w(table, seen)`.
 
     Args:
@@ -246,7 +252,7 @@ def _along(tables: list[torch.Tensor | None], sees: torch.Tensor | None, h: Any,
         for part, table, dim in zip((h, w), tables, gone, strict=True)
         if table is not None
     ]
-    return sum(parts[1:], parts[0])
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
 # Contractions over the pairs that are visible. A plain einsum multiplies what lies in a masked pair by 0, and 0 * NaN
@@ -311,7 +317,8 @@ class _Weigh(torch.autograd.Function):
         # NaN and Inf come back for those that see them; where p is 0, 0 * Inf is NaN as anywhere.
         for value, there in ((torch.nan, b.isnan()), (torch.inf, b == torch.inf), (-torch.inf, b == -torch.inf)):
             at = there.to(p.dtype)
-            out = out + torch.einsum(equation, p, at) * torch.where(torch.einsum(equation, seen, at) > 0, value, 0.0)
+            met = torch.einsum(equation, seen, at) > 0
+            out = out + torch.einsum(equation, p, at) * torch.zeros_like(out).masked_fill(met, value)
         return out
 
     @staticmethod
