@@ -21,10 +21,10 @@ import torch
 
 from benchmarks.cases import Case, Pass, make_inputs
 from benchmarks.providers import Bench, Provider
-from visattn_kernels.patterns import Grid
+from visattn_kernels.patterns import Size
 
 _STATUS = Path("/proc/self/status")
-_TINY = Grid(16, 16)
+_TINY = Size(16, 16)
 
 
 def peak_bytes(provider: Provider, case: Case, which: Pass, threads: int) -> int:
@@ -83,7 +83,7 @@ def _tiny(case: Case) -> Case:
     w = case.workload
     pooled = w.queries != w.keys
     small = dataclasses.replace(
-        w, queries=_TINY, keys=Grid(8, 8) if pooled else _TINY, cpu_batch=1, gpu_batch=1, picture=False
+        w, queries=_TINY, keys=Size(8, 8) if pooled else _TINY, cpu_batch=1, gpu_batch=1, picture=False
     )
     try:
         w.pattern.check(small.queries, small.keys)

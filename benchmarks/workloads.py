@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from visattn_kernels.patterns import Global, Grid, Pattern
+from visattn_kernels.patterns import Global, Pattern, Size
 
 CPU_DTYPES = ("float32", "bfloat16")
 GPU_DTYPES = ("bfloat16",)
@@ -59,8 +59,8 @@ class Workload:
 
     name: str
     about: str
-    queries: Grid
-    keys: Grid
+    queries: Size
+    keys: Size
     heads: int
     head_dim: int
     value_dim: int
@@ -106,15 +106,15 @@ class Workload:
         }
 
 
-def _square(side: int) -> Grid:
-    return Grid(side, side)
+def _square(side: int) -> Size:
+    return Size(side, side)
 
 
 WORKLOADS: tuple[Workload, ...] = (
     Workload(
         "image-320x213",
         "self-attention of a photograph's colours, as the SAGAN tutorial draws it",
-        Grid(213, 320), Grid(213, 320), 1, 3, 3, gpu_batch=1, cpu_batch=1, scale=1.0,
+        Size(213, 320), Size(213, 320), 1, 3, 3, gpu_batch=1, cpu_batch=1, scale=1.0,
         cpu_dtypes=("float32",), gpu_dtypes=("float32",), picture=True, quick=False,
     ),
     Workload(
@@ -169,7 +169,7 @@ def pairs(workload: Workload) -> int:
     return int(mask.sum())
 
 
-def positions(grid: Grid) -> int:
+def positions(grid: Size) -> int:
     """The number of positions of a grid."""
     return grid.height * grid.width
 

@@ -19,9 +19,9 @@ from benchmarks.peak import peak_bytes
 from benchmarks.results import Cell, Entry, Report, load
 from benchmarks.workloads import TermSpec, Workload
 from visattn_kernels.backends import cpu
-from visattn_kernels.patterns import Grid
+from visattn_kernels.patterns import Size
 
-TINY = Workload("tiny", "for tests", Grid(5, 7), Grid(3, 4), 2, 4, 6, gpu_batch=1, cpu_batch=2)
+TINY = Workload("tiny", "for tests", Size(5, 7), Size(3, 4), 2, 4, 6, gpu_batch=1, cpu_batch=2)
 FAST = measure.Budget(0.0, 2, 2)
 LIMITS = ceilings.Ceilings({"float32": 4e11, "bfloat16": 8e11}, 5e10, 2e10, {})
 NAIVE = providers.find("naive")
@@ -358,7 +358,7 @@ def test_floors_are_those_of_the_performance_page() -> None:
 def test_peak_memory_of_a_stored_map() -> None:
     """Two copies of a 32x64x64x64 map in float32: 2 * 33.6 MB. SDPA keeps none."""
     case = Case(
-        replace(TINY, queries=Grid(32, 64), keys=Grid(64, 64), heads=1, value_dim=4, cpu_batch=1), "float32", "cpu"
+        replace(TINY, queries=Size(32, 64), keys=Size(64, 64), heads=1, value_dim=4, cpu_batch=1), "float32", "cpu"
     )
     naive = peak_bytes(NAIVE, case, "forward", threads=2)
     assert 60e6 < naive < 85e6

@@ -11,6 +11,7 @@ from visattn_kernels import backends, ops, reference
 from visattn_kernels.errors import expected, tensor
 from visattn_kernels.patterns import Global, Pattern
 from visattn_kernels.problem import Problem, check_map, make_problem
+from visattn_kernels.terms import Term, cast, scales, tensors_of
 
 _GLOBAL = Global()
 
@@ -23,7 +24,7 @@ def attention(
     pattern: Pattern = ...,
     *,
     scale: float | None = ...,
-    terms: Sequence[Any] = ...,
+    terms: Sequence[Term] = ...,
     backend: str = ...,
     return_lse: Literal[False] = ...,
 ) -> torch.Tensor: ...
@@ -37,7 +38,7 @@ def attention(
     pattern: Pattern = ...,
     *,
     scale: float | None = ...,
-    terms: Sequence[Any] = ...,
+    terms: Sequence[Term] = ...,
     backend: str = ...,
     return_lse: Literal[True],
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
@@ -50,18 +51,19 @@ def attention(
     pattern: Pattern = _GLOBAL,
     *,
     scale: float | None = None,
-    terms: Sequence[Any] = (),
+    terms: Sequence[Term] = (),
     backend: str = "auto",
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of every position of a map to the keys that a pattern shows it.
 
-        logit[i, j] = scale * q_i·k_j        for j in keys(i)
-        out_i       = sum_j softmax_j(logit[i, :]) * v_j
+        logit[i, j] = scale * q_i·k_j + sum of score terms(i, j)        for j in keys(i)
+        out_i       = sum_j softmax_j(logit[i, :]) * (v_j + sum of value terms(i, j))
         lse_i       = log sum_j exp(logit[i, j])
 
     Any strides are read in place: contiguous tensors, `heads_last` views of an image in either memory format,
-    slices of a packed QKV projection, expanded tensors. Under autocast, q, k and v are cast to its dtype.
+    slices of a packed QKV projection, expanded tensors. Under autocast, q, k, v and the tensors of terms are cast to
+    its dtype.
 
     Args:
         q (Tensor[B, H, W, heads, D]): queries; float64, float32, bfloat16 or float16. Any D >= 1.
@@ -69,7 +71,8 @@ def attention(
         v (Tensor[B, Hk, Wk, kv_heads, Dv]): values, same dtype and device. Any Dv >= 1.
         pattern: which keys a query sees.
         scale: factor of q·k; None means `1/sqrt(D)`.
-        terms: what is added to scores and values; none is there yet.
+        terms: what is added to scores and values: `RelativeBias`, `RelativeQuery`, `RelativeKey`, `RelativeValue`,
+            `KeyBias`, at most one of each.
         backend: "auto", or the name of the backend that must run this; `explain` lists them.
         return_lse: return lse too. It is differentiable, so that `merge` is.
 
@@ -79,7 +82,7 @@ def attention(
 
     Raises:
         TypeError: an argument is of the wrong Python type.
-        ValueError: the pattern does not fit the grids, or `backend` is no backend's name.
+        ValueError: the pattern or a term does not fit the grids, a term comes twice, or `backend` is no backend's name.
         RuntimeError: tensors disagree in rank, shape, dtype or device, or a forced backend cannot run this.
         NotImplementedError: something that is not there yet; second derivatives raise it in the backward.
 
@@ -93,19 +96,28 @@ def attention(
         recomputation in the backward of Dao et al., 2022.
     """
     q, k, v = ops.autocast(tensor(q, "q"), tensor(k, "k"), tensor(v, "v"))
+    terms = _autocast(terms, q)
     problem = make_problem(q, k, v, pattern, scale, terms)
     name = backends.choose(problem, backend)
     if name == "reference":
-        out, lse = reference.attention(q, k, v, pattern, scale=problem.scale)
+        out, lse = reference.attention(q, k, v, pattern, scale=problem.scale, terms=terms)
     else:
-        ops.refuse_tangents(q, k, v)
-        out, lse = ops.operator(name, "forward")(q, k, v, *ops.NO_TERMS, *_call(problem))
+        extra = tensors_of(terms)
+        ops.refuse_tangents(q, k, v, *extra)
+        out, lse = ops.operator(name, "forward")(q, k, v, *extra, *_call(problem, terms))
     return (out, lse) if return_lse else out
 
 
-def _call(problem: Problem) -> tuple[Any, ...]:
+def _call(problem: Problem, terms: Sequence[Term]) -> tuple[Any, ...]:
     """The arguments that every operator takes after its tensors."""
-    return (problem.scale, 1.0, 1.0, problem.pattern.encode())
+    return (problem.scale, *scales(terms), problem.pattern.encode())
+
+
+def _autocast(terms: Sequence[Term], q: torch.Tensor) -> Sequence[Term]:
+    """Cast the tensors of terms as q was; what is no term is refused later."""
+    if not (torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type)):
+        return terms
+    return cast(terms, lambda x: ops.autocast(x)[0]) if isinstance(terms, Sequence) else terms
 
 
 def attention_map(
@@ -115,7 +127,7 @@ def attention_map(
     pattern: Pattern = _GLOBAL,
     *,
     scale: float | None = None,
-    terms: Sequence[Any] = (),
+    terms: Sequence[Term] = (),
     backend: str = "auto",
 ) -> torch.Tensor:
     """Exact rows of the attention map: how much the queries `at` look at every key.
@@ -138,13 +150,15 @@ def attention_map(
         The result and scratch memory per thread that grows with D and Dv alone.
     """
     q, k = ops.autocast(tensor(q, "q"), tensor(k, "k"))
+    terms = _autocast(terms, q)
     problem = make_problem(q, k, None, pattern, scale, terms)
     points = _points(at, problem).to(q.device)
     name = backends.choose(problem, backend)
     if name == "reference":
-        return reference.attention_map(q, k, points, pattern, scale=problem.scale)
-    ops.refuse_tangents(q, k)
-    rows: torch.Tensor = ops.operator(name, "map")(q, k, *ops.NO_TERMS, points, *_call(problem))
+        return reference.attention_map(q, k, points, pattern, scale=problem.scale, terms=terms)
+    extra = tensors_of(terms, values=False)
+    ops.refuse_tangents(q, k, *extra)
+    rows: torch.Tensor = ops.operator(name, "map")(q, k, *extra, points, *_call(problem, terms))
     return rows
 
 
@@ -187,7 +201,7 @@ def attention_received(
     pattern: Pattern = _GLOBAL,
     *,
     scale: float | None = None,
-    terms: Sequence[Any] = (),
+    terms: Sequence[Term] = (),
     backend: str = "auto",
 ) -> torch.Tensor:
     """How much each key is looked at: the column sums of the attention map, `sum_i A[i, j]`.
@@ -208,12 +222,14 @@ def attention_received(
         The result, one number per query and head, and scratch memory per thread that grows with D and Dv alone.
     """
     q, k = ops.autocast(tensor(q, "q"), tensor(k, "k"))
+    terms = _autocast(terms, q)
     problem = make_problem(q, k, None, pattern, scale, terms)
     name = backends.choose(problem, backend)
     if name == "reference":
-        return reference.attention_received(q, k, pattern, scale=problem.scale)
-    ops.refuse_tangents(q, k)
-    sums: torch.Tensor = ops.operator(name, "received")(q, k, *ops.NO_TERMS, *_call(problem))
+        return reference.attention_received(q, k, pattern, scale=problem.scale, terms=terms)
+    extra = tensors_of(terms, values=False)
+    ops.refuse_tangents(q, k, *extra)
+    sums: torch.Tensor = ops.operator(name, "received")(q, k, *extra, *_call(problem, terms))
     return sums
 
 
@@ -276,7 +292,7 @@ def explain(
     pattern: Pattern = _GLOBAL,
     *,
     scale: float | None = None,
-    terms: Sequence[Any] = (),
+    terms: Sequence[Term] = (),
 ) -> str:
     """Which backends can run a call, and why the others can't, in the order in which they are asked.
 
@@ -291,6 +307,7 @@ def explain(
     if q is not None or k is not None or v is not None:
         maps = [tensor(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v")) if name != "v" or x is not None]
         q, k, *rest = ops.autocast(*maps)
+        terms = _autocast(terms, q)
         problem = make_problem(q, k, rest[0] if rest else None, pattern, scale, terms)
     lines = [problem.describe()] if problem else []
     taken = False

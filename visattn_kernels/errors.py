@@ -28,3 +28,23 @@ def tensor(value: object, argument: str) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise expected(f"{argument} to be a torch.Tensor", argument, type(value).__name__, TypeError)
     return value
+
+
+def strided(value: object, argument: str) -> torch.Tensor:
+    """Return `value` if it is a dense tensor, else raise."""
+    x = tensor(value, argument)
+    if x.is_nested or x.layout != torch.strided:
+        layout = "nested" if x.is_nested else x.layout
+        raise expected(f"{argument} to be a strided (dense) tensor", f"{argument}.layout", layout, RuntimeError)
+    return x
+
+
+def same(a: torch.Tensor, b: torch.Tensor, names: tuple[str, str], what: str) -> None:
+    """Check that two tensors agree in `what`, an attribute."""
+    if getattr(a, what) != getattr(b, what):
+        raise expected(
+            f"{names[0]} and {names[1]} to have the same {what}",
+            f"{names[0]}.{what}",
+            f"{getattr(a, what)} and {names[1]}.{what}={getattr(b, what)}",
+            RuntimeError,
+        )

@@ -20,18 +20,7 @@ import torch
 from torch.autograd import forward_ad
 
 from visattn_kernels.problem import accumulate_dtype, check_tensors
-
-TERM_TENSORS = (
-    "relative_bias",
-    "relative_query_h",
-    "relative_query_w",
-    "relative_key_h",
-    "relative_key_w",
-    "relative_value_h",
-    "relative_value_w",
-    "key_bias",
-)
-"""The tensors of the terms, in schema order."""
+from visattn_kernels.terms import TERM_TENSORS
 
 DIFFERENTIABLE = ("q", "k", "v", *TERM_TENSORS)
 """What `<backend>_backward` returns gradients of, in order; bit i of `needs` asks for the i-th."""
@@ -73,11 +62,12 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
-def refuse_tangents(*tensors: torch.Tensor) -> None:
+def refuse_tangents(*tensors: torch.Tensor | None) -> None:
     """Raise if a tensor carries a tangent: torch would drop it, and a derivative be silently wrong."""
     if forward_ad._current_level < 0:
         return
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):  # type: ignore[no-untyped-call]
+    present = [x for x in tensors if x is not None]
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in present):  # type: ignore[no-untyped-call]
         raise NotImplementedError(
             "visattn: expected no forward-mode derivative, which is not there yet; "
             'backend="reference" has derivatives of every mode and order'

@@ -8,8 +8,9 @@ from numbers import Real
 
 import torch
 
-from visattn_kernels.errors import expected, tensor
-from visattn_kernels.patterns import Grid, Pattern
+from visattn_kernels.errors import expected, same, strided
+from visattn_kernels.patterns import Pattern, Size
+from visattn_kernels.terms import Term
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """The dtypes that q, k and v may have."""
@@ -42,8 +43,8 @@ class Problem:
     device: str
     dtype: torch.dtype
     batch: int
-    queries: Grid
-    keys: Grid
+    queries: Size
+    keys: Size
     heads: int
     kv_heads: int
     head_dim: int
@@ -55,8 +56,9 @@ class Problem:
     def describe(self) -> str:
         """One line for a person."""
         dtype = str(self.dtype).removeprefix("torch.")
+        terms = f" with {', '.join(self.terms)}" if self.terms else ""
         return (
-            f"{self.pattern} on {self.device}, {dtype}: {self.batch} maps, "
+            f"{self.pattern}{terms} on {self.device}, {dtype}: {self.batch} maps, "
             f"queries {self.queries.height}x{self.queries.width}, keys {self.keys.height}x{self.keys.width}, "
             f"{self.heads} heads ({self.kv_heads} of keys), D {self.head_dim}, Dv {self.value_dim}"
         )
@@ -64,10 +66,7 @@ class Problem:
 
 def check_map(value: object, argument: str) -> torch.Tensor:
     """Check that `value` is one tensor of the layout `[B, H, W, heads, D]`."""
-    x = tensor(value, argument)
-    if x.is_nested or x.layout != torch.strided:
-        layout = "nested" if x.is_nested else x.layout
-        raise expected(f"{argument} to be a strided (dense) tensor", f"{argument}.layout", layout, RuntimeError)
+    x = strided(value, argument)
     if x.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise expected(f"the dtype of {argument} to be one of {names}", f"{argument}.dtype", x.dtype, RuntimeError)
@@ -83,17 +82,6 @@ def check_map(value: object, argument: str) -> torch.Tensor:
         if size < 1:
             raise expected(f"{name} of {argument} to be at least 1", f"{argument}.shape", list(x.shape), RuntimeError)
     return x
-
-
-def _same(a: torch.Tensor, b: torch.Tensor, names: tuple[str, str], what: str) -> None:
-    """Check that two tensors agree in `what`, an attribute."""
-    if getattr(a, what) != getattr(b, what):
-        raise expected(
-            f"{names[0]} and {names[1]} to have the same {what}",
-            f"{names[0]}.{what}",
-            f"{getattr(a, what)} and {names[1]}.{what}={getattr(b, what)}",
-            RuntimeError,
-        )
 
 
 def _agree(a: torch.Tensor, b: torch.Tensor, names: tuple[str, str], dims: dict[int, str]) -> None:
@@ -118,8 +106,8 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None) -> N
     check_map(q, "q")
     for other, name in ((k, "k"), (v, "v")) if v is not None else ((k, "k"),):
         other = check_map(other, name)
-        _same(q, other, ("q", name), "device")
-        _same(q, other, ("q", name), "dtype")
+        same(q, other, ("q", name), "device")
+        same(q, other, ("q", name), "dtype")
     _agree(q, k, ("q", "k"), {0: "batch", 4: "D"})
     if v is not None:
         _agree(k, v, ("k", "v"), {0: "batch", 1: "H", 2: "W", 3: "heads"})
@@ -144,8 +132,8 @@ def make_problem(
 
     Raises:
         TypeError: an argument has the wrong Python type.
-        ValueError: the pattern does not fit the grids.
-        RuntimeError: tensors disagree in rank, shape, dtype or device.
+        ValueError: the pattern or a relative term does not fit the grids, or a term comes twice.
+        RuntimeError: tensors, those of terms included, disagree in rank, shape, dtype or device.
     """
     check_tensors(q, k, v)
     heads, kv_heads = q.shape[3], k.shape[3]
@@ -155,14 +143,15 @@ def make_problem(
         raise expected("scale to be a number or None", "scale", repr(scale), TypeError)
     if not isinstance(terms, Sequence) or isinstance(terms, str):
         raise expected("terms to be a tuple of terms", "terms", repr(terms), TypeError)
-    if terms:
-        raise NotImplementedError(
-            f"visattn: expected terms=(), since no term is there yet, but got terms={terms!r}. "
-            "Score and value terms come with the local patterns."
-        )
-    queries, keys = Grid(q.shape[1], q.shape[2]), Grid(k.shape[1], k.shape[2])
+    for term in terms:
+        if not isinstance(term, Term):
+            raise expected("every term to be a term such as RelativeBias(table)", "terms", repr(terms), TypeError)
+    names = tuple(type(term).__name__ for term in terms)
+    if len(set(names)) < len(names):
+        raise expected("at most one term of each kind", "terms", f"({', '.join(names)})", ValueError)
+    queries, keys = Size(q.shape[1], q.shape[2]), Size(k.shape[1], k.shape[2])
     pattern.check(queries, keys)
-    return Problem(
+    problem = Problem(
         device=q.device.type,
         dtype=q.dtype,
         batch=q.shape[0],
@@ -174,4 +163,9 @@ def make_problem(
         value_dim=0 if v is None else v.shape[4],
         scale=float(q.shape[4]) ** -0.5 if scale is None else float(scale),
         pattern=pattern,
+        terms=names,
     )
+    for term in terms:
+        assert isinstance(term, Term)
+        term.check(problem, q)
+    return problem
