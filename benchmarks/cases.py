@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from benchmarks.workloads import Workload, pairs, picture, positions
+from visattn_kernels.terms import RelativeKey, RelativeQuery
 
 Pass = Literal["forward", "backward", "both"]
 PASSES: tuple[Pass, ...] = ("forward", "backward", "both")
@@ -75,16 +76,14 @@ class Case:
         """Pairs of a query and a key that it sees, over all maps and heads."""
         return self.batch * self.heads * pairs(self.workload)
 
-    def dense_scores(self) -> int:
-        """Elements of the whole map, which the naive code stores."""
-        w = self.workload
-        return self.batch * self.heads * positions(w.queries) * positions(w.keys)
-
     def cost(self, which: Pass) -> Cost:
         """The least that a pass must do.
 
         The forward multiplies q by k and the map by v: `2·scores·(D + Dv)` operations. The backward recomputes the
         scores and multiplies for dv, dp, dq and dk: `2·scores·(3D + 2Dv)`; it reads out and its gradient too.
+
+        What a term adds is left out, tables included: how little it can cost depends on the term, and a floor must not
+        be too high.
         """
         w, scores = self.workload, float(self.scores())
         size = float(self.dtype.itemsize)
@@ -133,7 +132,12 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     else:
         q = draw(shapes["q"], 1 / (w.factor * w.head_dim**0.5))
         k, v = draw(shapes["k"]), draw(shapes["v"])
-    terms = tuple(tuple(draw(shape) for shape in term.shapes(case.heads)) for term in w.terms)
+    # Each table too adds a variance to the logits that is of their size.
+    deviations = {RelativeQuery: w.factor / 2, RelativeKey: w.head_dim**-0.5 / 2}
+    terms = tuple(
+        tuple(draw(shape, deviations.get(term.term, 1.0)) for shape in shapes)
+        for term, shapes in zip(w.terms, w.term_shapes(case.heads), strict=True)
+    )
     return Inputs(q, k, v, draw(shapes["out"]), terms)
 
 

@@ -331,7 +331,8 @@ def list_command(
     """Print the workloads and the providers, and why any is absent."""
     if workload:
         (chosen,) = _pick([workload], workloads.WORKLOADS, "workload")
-        out.print(f"{chosen.name}: {chosen.about}", highlight=False)
+        what = ", ".join([repr(chosen.pattern), *chosen.term_names])
+        out.print(f"{chosen.name}: {chosen.about}\n{what}", highlight=False)
         shown = _table("provider", "dtype", "pass", "")
         for dtype in chosen.dtypes(_device(device)):
             for which in PASSES:
@@ -340,12 +341,13 @@ def list_command(
                     shown.add_row(provider.name, dtype, which, "; ".join(reasons) or "[green]yes[/]")
         out.print(shown)
         return
-    shown = _table("workload", "queries", "keys", "heads", "D/Dv", "pattern", "GPU", "CPU")
+    shown = _table("workload", "queries", "keys", "heads", "D/Dv", "GPU", "CPU", "pattern and terms")
     for one in workloads.WORKLOADS:
         grids = [f"{grid.height}×{grid.width}" for grid in (one.queries, one.keys)]
         batches = [str(one.batch(where) or "–") for where in ("cuda", "cpu")]
         widths = f"{one.head_dim}/{one.value_dim}"
-        shown.add_row(one.name, *grids, str(one.heads), widths, repr(one.pattern), *batches)
+        what = ", ".join([type(one.pattern).__name__, *(term.name for term in one.terms)])
+        shown.add_row(one.name, *grids, str(one.heads), widths, *batches, what)
     out.print(shown)
     shown = _table("provider", "on cpu", "on cuda", "")
     has_cuda = torch.cuda.is_available()

@@ -7,20 +7,21 @@ A workload's pattern or term that a peer's code does not have is a reason, never
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import flex, naive
 from benchmarks.cases import Case, Inputs, Layout, Pass, from_layout, to_layout
 from benchmarks.machine import free_memory
+from benchmarks.workloads import Workload, pair
 from visattn_kernels import attention
 from visattn_kernels.backends import REGISTRY, Backend
-from visattn_kernels.patterns import Global, Pattern
+from visattn_kernels.patterns import Column, CrissCross, Global, Grid, Neighborhood, Pattern, Row, Window
 from visattn_kernels.problem import make_problem
 
 MEMORY_SHARE = 0.6
@@ -95,22 +96,33 @@ class Bench:
             self.backward(out)
 
     def results(self) -> dict[str, torch.Tensor]:
-        """What the pass gives, heads-last: "out", and unless it is a forward alone the gradients "q", "k", "v"."""
+        """What the pass gives, heads-last: "out", and unless it is a forward alone the gradients.
+
+        These are named "q", "k", "v", and as `Workload.term_names` has it.
+        """
         w = self.case.workload
         layout = self.provider.layout
         out = self.forward()
         results = {"out": from_layout(out.detach(), layout, w.queries)}
         if self.which != "forward":
-            grads = self.backward(out)[:3]
-            for name, grad, grid in zip("qkv", grads, (w.queries, w.keys, w.keys), strict=True):
+            grads = self.backward(out)
+            for name, grad, grid in zip("qkv", grads[:3], (w.queries, w.keys, w.keys), strict=True):
                 results[name] = from_layout(grad, layout, grid)
+            results |= dict(zip(w.term_names, grads[3:], strict=True))
         return results
 
 
 def dense_bytes(case: Case, which: Pass, itemsize: int | None = None) -> int:
-    """What a provider that stores the map needs: scores and softmax, and in the backward one gradient more."""
-    copies = 2 if which == "forward" else 3
-    return case.dense_scores() * (itemsize or case.dtype.itemsize) * copies
+    """What a provider that stores the map needs: scores and softmax, and in the backward one gradient more.
+
+    Of a local pattern only the pairs that there are; each term is stored with them, and so are the keys and values that
+    a neighborhood gathers.
+    """
+    w = case.workload
+    copies = (2 if which == "forward" else 3) + len(w.terms)
+    if isinstance(w.pattern, Neighborhood):
+        copies += (1 if which == "forward" else 2) * (w.head_dim + w.value_dim)
+    return case.scores() * (itemsize or case.dtype.itemsize) * copies
 
 
 def _too_big(case: Case, which: Pass, itemsize: int | None = None) -> list[str]:
@@ -163,7 +175,8 @@ def _ours_unsupported(backend: str, case: Case, which: Pass) -> list[str]:
     def shaped(shape: tuple[int, ...]) -> torch.Tensor:
         return torch.empty((), dtype=case.dtype, device=case.device).expand(shape)
 
-    terms = tuple(term.build(*(shaped(shape) for shape in term.shapes(case.heads))) for term in w.terms)
+    shapes_of_terms = zip(w.terms, w.term_shapes(case.heads), strict=True)
+    terms = tuple(term.build(*(shaped(shape) for shape in sizes)) for term, sizes in shapes_of_terms)
     try:
         q, k, v = (shaped(shapes[name]) for name in "qkv")
         problem = make_problem(q, k, v, w.pattern, w.scale, terms)
@@ -180,32 +193,63 @@ def _run_ours(
     return attention(q, k, v, w.pattern, scale=w.scale, terms=built, backend=backend)
 
 
-# What the papers' code does: a batched product, a softmax, a batched product.
+# What the papers' code does: see `naive`.
+
+_RELATIVE = ("RelativeBias", "RelativeQuery", "RelativeKey")
 
 
 def _naive() -> Provider:
-    about = "softmax(QK^T)V with bmm, as the papers' code has it"
+    about = "softmax(QK^T)V as the papers' code has it: bmm, with its roll, partition, permute or unfold"
     return Provider("naive", about, "tokens", _run_naive, _everywhere, _naive_unsupported)
 
 
+def _cut(w: Workload) -> naive.Cells | None:
+    """The equal cells that a pattern cuts the map into; None where it does not."""
+    pattern, (height, width) = w.pattern, w.queries
+    cut = None
+    if isinstance(pattern, Window):
+        cut = naive.Cells(*pair(pattern.window_size), shift=pair(pattern.shift))
+    elif isinstance(pattern, Grid):
+        cut = naive.Cells(*pair(pattern.grid_size), strided=True)
+    elif isinstance(pattern, Row) and pattern.span is None:
+        cut = naive.Cells(1, width)
+    elif isinstance(pattern, Column) and pattern.span is None:
+        cut = naive.Cells(height, 1)
+    elif isinstance(pattern, Global) and w.queries == w.keys:
+        cut = naive.Cells(height, width)
+    return cut if cut is not None and height % cut.height == width % cut.width == 0 else None
+
+
 def _naive_unsupported(case: Case, which: Pass) -> list[str]:
-    return _no_code(case) or _too_big(case, which)
+    w = case.workload
+    if _cut(w):
+        return _no_code(case, (Pattern,), (*_RELATIVE, "RelativeValue")) or _too_big(case, which)
+    if not isinstance(w.pattern, Neighborhood):
+        return _no_code(case, (Global, CrissCross)) or _too_big(case, which)
+    plain = replace(w.pattern, kernel_size=1, border="shift") == Neighborhood(1)
+    if not plain or w.pattern.border == "mask" or any(size % 2 == 0 for size in pair(w.pattern.kernel_size)):
+        return [f"has no code for {w.pattern}"]
+    terms = "RelativeBias" if w.pattern.border == "shift" else "RelativeQuery"
+    return _no_code(case, (Neighborhood,), (terms,)) or _too_big(case, which)
 
 
 def _run_naive(case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, terms: Terms) -> torch.Tensor:
-    batch, heads = q.shape[:2]
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # [B * heads, N, D]
-    scores = torch.bmm(q, k.transpose(1, 2))
-    if case.workload.factor != 1:
-        scores = scores * case.workload.factor
-    return torch.bmm(torch.softmax(scores, -1), v).view(batch, heads, q.shape[1], v.shape[2])
+    w, cut, tables = case.workload, _cut(case.workload), case.workload.tables(terms)
+    if cut:
+        return naive.cells(q, k, v, w.queries, cut, w.factor, tables)
+    if isinstance(w.pattern, Neighborhood):
+        attend = naive.neighborhood if w.pattern.border == "shift" else naive.neighborhood_zero
+        return attend(q, k, v, w.queries, pair(w.pattern.kernel_size), w.factor, tables)
+    if isinstance(w.pattern, CrissCross):
+        return naive.criss_cross(q, k, v, w.queries, w.factor)
+    return naive.plain(q, k, v, w.factor)
 
 
 # SDPA as a user calls it; with unequal widths a CPU takes its math path.
 
 
 def _sdpa() -> Provider:
-    about = "scaled_dot_product_attention as a user calls it"
+    about = "scaled_dot_product_attention as a user calls it, after roll and partition, terms as attn_mask"
     return Provider("sdpa", about, "tokens", _run_sdpa, _sdpa_unavailable, _sdpa_unsupported)
 
 
@@ -215,11 +259,23 @@ def _sdpa_unavailable(device: str) -> list[str]:
 
 def _sdpa_unsupported(case: Case, which: Pass) -> list[str]:
     w = case.workload
-    return _no_code(case) or (_too_big(case, which, 4) if w.head_dim != w.value_dim else [])
+    if _no_cells(case):
+        return _no_cells(case)
+    # Widths that differ, and a mask that has a gradient, take the path that stores the map; terms are a map themselves.
+    return _too_big(case, which, 4) if w.head_dim != w.value_dim or w.terms else []
+
+
+def _no_cells(case: Case) -> list[str]:
+    """Reasons for what SDPA cannot do in cells."""
+    w = case.workload
+    return _no_code(case, (Pattern,), _RELATIVE) if _cut(w) else _no_code(case)
 
 
 def _run_sdpa(case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, terms: Terms) -> torch.Tensor:
-    return F.scaled_dot_product_attention(q, k, v, scale=case.workload.factor)
+    w, cut = case.workload, _cut(case.workload)
+    if cut is not None:
+        return naive.cells_sdpa(q, k, v, w.queries, cut, w.factor, w.tables(terms))
+    return F.scaled_dot_product_attention(q, k, v, scale=w.factor)
 
 
 # SDPA with the narrower of q, k and v filled up with zeros, which reaches its flash kernels.
@@ -269,17 +325,17 @@ def _sdpa_forced_unavailable(device: str) -> list[str]:
 
 
 def _sdpa_forced_unsupported(name: str, case: Case, which: Pass) -> list[str]:
-    return _no_code(case) or (_too_big(case, which, 4) if name == "math" else [])
+    return _no_cells(case) or (_too_big(case, which, 4) if name == "math" or case.workload.terms else [])
 
 
 def _run_sdpa_forced(
     name: str, case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, terms: Terms
 ) -> torch.Tensor:
     with sdpa_kernel(_SDPA_BACKENDS[name]):
-        return F.scaled_dot_product_attention(q, k, v, scale=case.workload.factor)
+        return _run_sdpa(case, q, k, v, terms)
 
 
-# flex_attention, compiled.
+# flex_attention, compiled: see `flex`.
 
 
 def _flex() -> Provider:
@@ -294,22 +350,11 @@ def _flex_unavailable(device: str) -> list[str]:
 def _flex_unsupported(case: Case, which: Pass) -> list[str]:
     if case.device == "cpu" and which != "forward":
         return ["flex_attention has no backward on a CPU"]
-    return _no_code(case)
-
-
-@cache
-def _compiled_flex() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    # Past the limit, 8 shapes, dynamo runs the uncompiled function, which stores the map.
-    torch._dynamo.config.recompile_limit = 1000
-    return torch.compile(flex_attention, dynamic=False)
+    return _no_code(case, (Pattern,), _RELATIVE if case.workload.queries == case.workload.keys else ())
 
 
 def _run_flex(case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, terms: Terms) -> torch.Tensor:
-    out = _compiled_flex()(q, k, v, scale=case.workload.factor)
-    assert isinstance(out, torch.Tensor)
-    return out
+    return flex.attend(case.workload, q, k, v, case.workload.tables(terms), flex.compiled())
 
 
 PROVIDERS: tuple[Provider, ...] = (

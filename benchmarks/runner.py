@@ -19,7 +19,7 @@ from benchmarks.measure import Budget, interleave, warm_up
 from benchmarks.peak import peak_bytes
 from benchmarks.providers import PROVIDERS, Bench, Provider
 from benchmarks.results import Cell, Entry, Report, load
-from benchmarks.verify import Truth, verdict, why_not
+from benchmarks.verify import Truth, verdict
 from benchmarks.workloads import WORKLOADS, Workload
 
 
@@ -222,9 +222,6 @@ def _verify(provider: Provider, case: Case, which: Pass, known: _Known) -> Entry
     """A provider's entry, without samples. A wrong one is refused, and timed all the same."""
     entry = Entry(provider.name, provider.ours, "measured")
     reasons = provider.reasons(case, which)
-    unverified = why_not(case)
-    if unverified is not None:
-        reasons.append(unverified)
     if reasons:
         entry.status, entry.reason = "absent", "; ".join(reasons)
         return entry

@@ -1,19 +1,20 @@
 """The one table of workloads: what is asked, and at which batch on which device.
 
 A new workload is one more row. A row names one pattern and any number of terms, so that an operation of two patterns
-(axial attention) is two rows.
+(axial attention) is two rows: `axial-65-row` and `axial-65-column`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import torch
 
-from visattn_kernels.patterns import Global, Pattern, Size
+from visattn_kernels.patterns import Column, CrissCross, Global, Grid, Neighborhood, Pattern, Row, Size, Window
+from visattn_kernels.terms import RelativeBias, RelativeKey, RelativeQuery, RelativeValue, Term
 
 CPU_DTYPES = ("float32", "bfloat16")
 GPU_DTYPES = ("bfloat16",)
@@ -21,17 +22,26 @@ GPU_DTYPES = ("bfloat16",)
 
 @dataclass(frozen=True)
 class TermSpec:
-    """A term of a workload: its name, the shapes of its tensors, and how the term is made of them.
+    """A relative term of a workload.
 
     Attributes:
-        name: the name of the term's class in `visattn_kernels`, such as "RelativeBias".
-        shapes: the shape of each of its tensors, by the number of heads.
-        build: makes the term of those tensors.
+        term: its class.
+        tensors: the names of its tables, as the class takes them: "table", or "rel_h" and "rel_w" or one of these.
+        per_head: whether vectors differ between heads; a number per offset always does.
     """
 
-    name: str
-    shapes: Callable[[int], tuple[tuple[int, ...], ...]]
-    build: Callable[..., Any]
+    term: type[Term]
+    tensors: tuple[str, ...]
+    per_head: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name of the class, such as "RelativeBias"."""
+        return self.term.__name__
+
+    def build(self, *tensors: torch.Tensor) -> Term:
+        """The term with its tables."""
+        return self.term(**dict(zip(self.tensors, tensors, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,31 @@ class Workload:
         """Heads on a device."""
         return self.cpu_heads if device == "cpu" and self.cpu_heads is not None else self.heads
 
+    @property
+    def term_names(self) -> list[str]:
+        """The name of each tensor of each term, such as "RelativeBias.table"."""
+        return [f"{term.name}.{name}" for term in self.terms for name in term.tensors]
+
+    def tables(self, terms: Sequence[Sequence[torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
+        """Tensors of the terms by names: of the term, of the tensor."""
+        return {
+            term.name: dict(zip(term.tensors, tensors, strict=True))
+            for term, tensors in zip(self.terms, terms, strict=True)
+        }
+
+    def term_shapes(self, heads: int) -> list[list[tuple[int, ...]]]:
+        """The shapes of the terms' tables."""
+        entries = [2 * reach - 1 for reach in self.pattern.reach(self.queries, self.keys)]
+
+        def shape(term: TermSpec, name: str) -> tuple[int, ...]:
+            if name == "table":
+                return (heads, *entries)
+            width = self.value_dim if term.term is RelativeValue else self.head_dim
+            vectors = (entries[name == "rel_w"], width)
+            return (heads, *vectors) if term.per_head else vectors
+
+        return [[shape(term, name) for name in term.tensors] for term in self.terms]
+
     def describe(self) -> dict[str, Any]:
         """The workload as plain values, for a results file."""
         return {
@@ -108,6 +143,15 @@ class Workload:
 
 def _square(side: int) -> Size:
     return Size(side, side)
+
+
+_BIAS = (TermSpec(RelativeBias, ("table",)),)
+_DECOMPOSED = (TermSpec(RelativeQuery, ("rel_h", "rel_w")),)
+
+
+def _axial(table: str) -> tuple[TermSpec, ...]:
+    """The three relative terms of Axial-DeepLab, along one axis."""
+    return tuple(TermSpec(term, (table,)) for term in (RelativeQuery, RelativeKey, RelativeValue))
 
 
 WORKLOADS: tuple[Workload, ...] = (
@@ -142,6 +186,46 @@ WORKLOADS: tuple[Workload, ...] = (
         _square(128), _square(128), 1, 512, 512, gpu_batch=1, cpu_batch=0, quick=False,
     ),
     Workload(
+        "sam-h-global", "SAM's ViT-H, a global layer",
+        _square(64), _square(64), 16, 80, 80, gpu_batch=1, cpu_batch=1, cpu_heads=4, quick=False,
+        terms=_DECOMPOSED,
+    ),
+    Workload(
+        "sam-h-window", "SAM's ViT-H, a layer of windows, its map padded to 70x70",
+        _square(70), _square(70), 16, 80, 80, gpu_batch=8, cpu_batch=1, cpu_heads=4, quick=False,
+        pattern=Window(14), terms=_DECOMPOSED,
+    ),
+    Workload(
+        "swin-b-s1", "Swin-B's first stage, shifted windows",
+        _square(56), _square(56), 4, 32, 32, gpu_batch=128, cpu_batch=8, pattern=Window(7, shift=3), terms=_BIAS,
+    ),
+    Workload(
+        "maxvit-grid", "MaxViT's grid attention, first stage",
+        _square(56), _square(56), 4, 32, 32, gpu_batch=128, cpu_batch=8, pattern=Grid(7), terms=_BIAS,
+    ),
+    Workload(
+        "nat-b-s1", "NAT-B's first stage",
+        _square(56), _square(56), 4, 32, 32, gpu_batch=128, cpu_batch=2, pattern=Neighborhood(7), terms=_BIAS,
+    ),
+    Workload(
+        "sasa-s1", "stand-alone self-attention, first stage",
+        _square(56), _square(56), 8, 8, 8, gpu_batch=128, cpu_batch=2, pattern=Neighborhood(7, border="zero"),
+        terms=(TermSpec(RelativeQuery, ("rel_h", "rel_w"), per_head=True),),
+    ),
+    *(
+        Workload(
+            f"axial-{side}-{name}", f"Axial-DeepLab, the {name} stage",
+            _square(side), _square(side), 8, 16, 32, gpu_batch=16, cpu_batch=batch, pattern=pattern,
+            terms=_axial(table), quick=side == 65,
+        )
+        for side, batch in ((65, 4), (129, 1))
+        for name, table, pattern in (("row", "rel_w", Row()), ("column", "rel_h", Column()))
+    ),
+    Workload(
+        "ccnet-97", "CCNet, one of its two rounds",
+        _square(97), _square(97), 1, 64, 512, gpu_batch=8, cpu_batch=1, scale=1.0, pattern=CrissCross(), quick=False,
+    ),
+    Workload(
         "global-d8", "one narrow head: bound by exp",
         _square(64), _square(64), 1, 8, 8, gpu_batch=64, cpu_batch=1,
     ),
@@ -162,8 +246,8 @@ def find(name: str) -> Workload:
 
 @cache
 def pairs(workload: Workload) -> int:
-    """Pairs of a query and a key that it sees, per map and head."""
-    mask = workload.pattern.mask(workload.queries, workload.keys)
+    """Pairs of a query and a key that it sees, per map and head; zeros outside the map are keys where they count."""
+    mask = workload.pattern.mask(workload.queries, workload.keys, outside=True)
     if mask is None:
         return positions(workload.queries) * positions(workload.keys)
     return int(mask.sum())
@@ -172,6 +256,11 @@ def pairs(workload: Workload) -> int:
 def positions(grid: Size) -> int:
     """The number of positions of a grid."""
     return grid.height * grid.width
+
+
+def pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    """A size of a pattern, which may be one number for both axes."""
+    return (value, value) if isinstance(value, int) else value
 
 
 @cache
