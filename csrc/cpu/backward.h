@@ -131,7 +131,7 @@ struct GradQueries {
       }
       if (walk.lane[axis].on) walk.lane[axis].start_grad();
     }
-    if (walk.bias.on && walk.bias.sums) walk.bias.start_grad();
+    if (walk.bias.summing) walk.bias.start_grad();
     const int64_t first = item / walk.plan.heads * walk.plan.chunk;
     for (int64_t i = first; i < min(first + walk.plan.chunk, walk.plan.pairs); ++i) {
       const auto pair = walk.plan.pair(i);
@@ -142,7 +142,7 @@ struct GradQueries {
     const LaneTerm<M>* terms[] = {&walk.lane[0], &walk.lane[1], &s.value[0], &s.value[1]};
     for (const LaneTerm<M>* term : terms)
       if (term->on && call.wants_table(term->slot)) term->add_grad(share + call.partial_offset[term->slot], false);
-    if (walk.bias.on && walk.bias.sums) {
+    if (walk.bias.summing) {
       walk.bias.flush();
       walk.bias.add_grad(share + call.partial_offset[0]);
     }
@@ -189,11 +189,11 @@ struct GradQueries {
           if (s.value[axis].on) walk.sum_lane(s.value[axis], t, walk.scores);
           if (walk.lane[axis].on) walk.sum_lane(walk.lane[axis], t, s.grad_weights);
         }
-        if (walk.bias.on && walk.bias.sums) walk.sum_bias(t, s.grad_weights);
+        if (walk.bias.summing) walk.sum_bias(t, s.grad_weights);
         walk.add(s.grad[t], t, k, keys, s.grad_weights, s.weights);
         s.grad[t].count_block();
       }
-      if (walk.bias.on && walk.bias.sums) walk.bias.flush_block(tile, walk.block);
+      if (walk.bias.summing) walk.bias.flush_block(tile, walk.block);
     }
     finish(call, s);
   }

@@ -92,7 +92,7 @@ struct GradKeys {
         if (s.value[axis].on) s.value[axis].table.template load<T>(call.vector[kValueTerm][axis], head, false);
         if (walk.lane[axis].on) walk.lane[axis].start_grad();
       }
-      if (walk.bias.on && walk.bias.sums) walk.bias.start_grad();
+      if (walk.bias.summing) walk.bias.start_grad();
     }
     walk.start_head();
     for (auto& term : walk.lane)
@@ -108,7 +108,7 @@ struct GradKeys {
     if (!call.partials) return;
     for (const auto& term : walk.lane)
       if (term.on && call.wants_table(term.slot)) term.add_grad(share + call.partial_offset[term.slot], true);
-    if (walk.bias.on && walk.bias.sums) {
+    if (walk.bias.summing) {
       walk.bias.flush();
       walk.bias.add_grad(share + call.partial_offset[0]);
     }
@@ -122,7 +122,7 @@ struct GradKeys {
     const bool want_k = call.grad_k.data, want_v = call.grad_v.data;
     const bool want_tables = (walk.lane[0].on && call.wants_table(walk.lane[0].slot)) ||
                              (walk.lane[1].on && call.wants_table(walk.lane[1].slot)) ||
-                             (walk.bias.on && walk.bias.sums);
+                             (walk.bias.summing);
     const bool want_scores = want_q || want_k || want_tables || call.grad_key_bias.data;
     walk.kv_head = kv_head;
     walk.start_tile();
@@ -168,7 +168,7 @@ struct GradKeys {
           sum_terms(call, s, t);
           if (want_q) sum_grad_queries(call, s, t);
         }
-        if (walk.bias.on && walk.bias.sums) walk.bias.flush_block(tile, walk.block);
+        if (walk.bias.summing) walk.bias.flush_block(tile, walk.block);
         if (want_q) add_in_turn(call, s, pair);
       }
       finish_tile_head(call, s);
@@ -218,7 +218,7 @@ struct GradKeys {
     Walker& walk = s.walk;
     for (auto& term : walk.lane)
       if (term.on) walk.sum_lane(term, t, s.grad_weights);
-    if (walk.bias.on && walk.bias.sums) walk.sum_bias(t, s.grad_weights);
+    if (walk.bias.summing) walk.sum_bias(t, s.grad_weights);
     if (!call.grad_key_bias.data) return;
     walk.vectors(t, [&](int at_lane, int lane, int, int64_t row, int64_t end) {
       Vec<Acc> sum{};

@@ -243,7 +243,7 @@ struct BiasTerm {
   static constexpr int L = kTile<M>, W = kLanes<Acc>;
   static constexpr int64_t kMaxBytes = 1 << 20;  // of the spread table
 
-  bool on;
+  bool on, summing;  // summing: the gradient of the table too
   int64_t reach_h, reach_w, columns, size;
   Acc *table, *values, *sums, *grad;
   int64_t capacity;  // rows of `values` and `sums`
@@ -255,15 +255,15 @@ struct BiasTerm {
   int lane_vectors;
 
   // `rows`: the most walked positions around a tile, by index relative to its first lane.
-  BiasTerm(Arena& arena, bool on, bool sums, bool queries, int64_t reach_h, int64_t reach_w, int64_t rows)
-      : on(on), reach_h(reach_h), reach_w(reach_w), columns(table_entries(reach_w)),
+  BiasTerm(Arena& arena, bool on, bool summing, bool queries, int64_t reach_h, int64_t reach_w, int64_t rows)
+      : on(on), summing(on && summing), reach_h(reach_h), reach_w(reach_w), columns(table_entries(reach_w)),
         size(table_entries(reach_h) * columns), table(arena.take<Acc>(on ? size : 0)), flip(!queries), filled(false),
         box{0, 0, 0, 0}, lane_width(0), lane_x(0), lane_count(0), lane_vectors(0) {
     whole = rows * kPanels * L * int64_t(sizeof(Acc)) <= kMaxBytes;
     capacity = whole ? rows : kBlock;
     values = arena.take<Acc>(on ? capacity * kPanels * L : 0);
-    this->sums = arena.take<Acc>(on && sums ? capacity * kPanels * L : 0);
-    grad = arena.take<Acc>(on && sums ? size : 0);
+    sums = arena.take<Acc>(this->summing ? capacity * kPanels * L : 0);
+    grad = arena.take<Acc>(this->summing ? size : 0);
   }
 
   template <class T>
@@ -316,7 +316,7 @@ struct BiasTerm {
     for (int64_t y = 0, r = 0; y < box.h; ++y)
       for (int64_t x = 0; x < box.w; ++x, ++r)
         fill_row(t, t.origin_y + box.y + y, t.origin_x + box.x + x, values + r * kPanels * L);
-    if (sums)
+    if (summing)
       for (int64_t i = 0; i < box.size() * kPanels * L; ++i) sums[i] = 0;
   }
 
@@ -331,7 +331,7 @@ struct BiasTerm {
   void read_block(const Tile<M>& t, const Block<Acc>& block) {
     if (whole) return;
     for (int64_t r = 0; r < block.n; ++r) fill_row(t, block.y[r], block.x[r], values + r * kPanels * L);
-    if (sums)
+    if (summing)
       for (int64_t i = 0; i < block.n * kPanels * L; ++i) sums[i] = 0;
   }
 
@@ -352,7 +352,7 @@ struct BiasTerm {
 
   // Move what was summed by position into the gradient by entry.
   void flush() {
-    if (!sums || !whole || !filled) return;
+    if (!summing || !whole || !filled) return;
     for (int64_t y = 0, r = 0; y < box.h; ++y)
       for (int64_t x = 0; x < box.w; ++x, ++r)
         add_row(shape, shape.origin_y + box.y + y, shape.origin_x + box.x + x, sums + r * kPanels * L);
