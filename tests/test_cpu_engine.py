@@ -83,7 +83,7 @@ def test_map_and_received(case: Case, isa: str) -> None:
         else:
             eager = dense.sum((2, 3)).unflatten(1, (case.kv_heads, -1)).sum(2).permute(0, 2, 3, 1)
         check(name, x, exact, eager, case.dtype)
-        assert torch.equal(x == 0, exact == 0) or case.spread > 1, f"{name}: zeros in other places"
+        assert x[exact == 0].eq(0).all(), f"{name}: weight in a masked place"
     if case.batch and case.keeps_weight:
         torch.testing.assert_close(rows.sum((-1, -2)), torch.ones(case.batch, 4, case.heads, dtype=rows.dtype))
         total = float(case.heads * height * width)
