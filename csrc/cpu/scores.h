@@ -44,7 +44,7 @@ struct Walk {
         walked(arena.take<int64_t>(kBlock)),
         lane_rows(arena.take<Acc>(call.has_vector(lane_side()) ? kPanels * L * padded<Acc>(p.head_dim) : 0)),
         walk_rows(arena.take<Acc>(call.has_vector(walk_side()) ? staged_elements<Plain<Acc>>(p.head_dim) : 0)),
-        key_bias(arena.take<Acc>(call.key_bias.data ? kPanels * L : 0)),
+        key_bias(arena.take<Acc>(call.key_bias.data ? max(kPanels * L, kBlock) : 0)),
         lane{lane_term(arena, lane_side(), 0, true, sums), lane_term(arena, lane_side(), 1, true, sums)},
         walk{walk_term(arena, walk_side(), 0), walk_term(arena, walk_side(), 1)},
         bias(arena, call.bias.data, sums && call.wants_table(0), queries, p.reach(0), p.reach(1), bias_rows()) {
