@@ -15,6 +15,7 @@ from cases import Case, inputs
 import visattn_kernels as va
 from visattn_kernels import backends
 from visattn_kernels.backends import cpu
+from visattn_kernels.patterns import Size
 
 needs_engine = pytest.mark.skipif(bool(cpu.unavailable()), reason="; ".join(cpu.unavailable()))
 MESSAGE = re.compile(r"visattn: expected .+, but got .+=")
@@ -28,7 +29,20 @@ def jagged(x: torch.Tensor) -> torch.Tensor:
     return torch.nested.nested_tensor([x[0]], layout=torch.jagged)
 
 
+ALL = slice(None)
+
+
+def attend(pattern, *terms, keys: slice = ALL):
+    """A call with a pattern and terms; `keys` cuts the key grid's height."""
+    return lambda q, k, v: va.attention(q, k[:, keys], v[:, keys], pattern, terms=terms)
+
+
+def zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape)
+
+
 Q = (2, 3, 4, 2, 8)
+WINDOW = va.Window((2, 3))  # tables of 3 and 5 entries
 BAD = [
     ("not a tensor", lambda q, k, v: va.attention([1], k, v), TypeError, "q=list"),
     ("not a tensor", lambda q, k, v: va.attention(q, k, None), TypeError, "v=NoneType"),
@@ -61,6 +75,85 @@ BAD = [
     ("scale", lambda q, k, v: va.attention(q, k, v, scale="1"), TypeError, "scale='1'"),
     ("scale", lambda q, k, v: va.attention(q, k, v, scale=True), TypeError, "scale=True"),
     ("terms", lambda q, k, v: va.attention(q, k, v, terms=3), TypeError, "terms=3"),
+    ("term", attend(WINDOW, 3), TypeError, r"terms=\(3,\)"),
+    ("term class", attend(WINDOW, va.KeyBias), TypeError, "every term to be a term"),
+    ("terms alone", lambda q, k, v: va.attention(q, k, v, terms=va.KeyBias(q)), TypeError, "a tuple of terms"),
+    ("term twice", attend(WINDOW, *[va.KeyBias(zeros(2, 3, 4))] * 2), ValueError, r"at most one.*\(KeyBias, KeyBias\)"),
+    ("no tensor", lambda q, k, v: va.RelativeBias([1]), TypeError, "table=list"),
+    ("no tensor", lambda q, k, v: va.RelativeQuery(1.0), TypeError, "rel_h=float"),
+    ("no tensor", lambda q, k, v: va.RelativeKey(rel_w=1.0), TypeError, "rel_w=float"),
+    ("no tensor", lambda q, k, v: va.KeyBias(None), TypeError, "bias=NoneType"),
+    ("no table", lambda q, k, v: va.RelativeValue(), ValueError, "at least one of rel_h and rel_w for RelativeValue"),
+    ("no table", lambda q, k, v: va.RelativeKey(scale=2), ValueError, "rel_h=None and rel_w=None"),
+    ("term scale", lambda q, k, v: va.RelativeQuery(q, scale="1"), TypeError, "scale of RelativeQuery.*scale='1'"),
+    ("term scale", lambda q, k, v: va.RelativeKey(q, scale=True), TypeError, "scale=True"),
+    (
+        "table length",
+        attend(va.Window(3), va.RelativeQuery(zeros(4, 8))),
+        RuntimeError,
+        r"rel_h of shape \[5, 8\] or \[2, 5, 8\].*\[4, 8\] and q.shape=\[2, 3, 4, 2, 8\].*2K-1 = 5 entries for the "
+        r"reach K = 3 of Window.*along the height",
+    ),
+    ("table length", attend(WINDOW, va.RelativeKey(rel_w=zeros(2, 6, 8))), RuntimeError, "5 entries.*K = 3.*the width"),
+    ("table length", attend(va.Global(), va.RelativeKey(zeros(4, 8))), RuntimeError, "5 entries.*K = 3 of Global"),
+    ("table width", attend(WINDOW, va.RelativeValue(zeros(3, 7))), RuntimeError, r"\[2K-1, Dv\].*=\[3, 7\]"),
+    ("table heads", attend(WINDOW, va.RelativeValue(zeros(1, 3, 8))), RuntimeError, r"=\[1, 3, 8\]"),
+    ("table rank", attend(WINDOW, va.RelativeQuery(zeros(3))), RuntimeError, r"=\[3\] and q"),
+    ("table rank", attend(WINDOW, va.RelativeQuery(torch.tensor(1.0))), RuntimeError, r"=\[\] and q"),
+    (
+        "table dtype",
+        attend(WINDOW, va.RelativeQuery(zeros(3, 8).double())),
+        RuntimeError,
+        "float32 and .*rel_h.dtype=t",
+    ),
+    ("table device", attend(WINDOW, va.RelativeQuery(zeros(3, 8).to("meta"))), RuntimeError, "device=cpu and .*=meta"),
+    ("table layout", attend(WINDOW, va.RelativeQuery(zeros(3, 8).to_sparse())), RuntimeError, "rel_h to be a strided"),
+    ("bias shape", attend(WINDOW, va.RelativeBias(zeros(2, 3, 3))), RuntimeError, r"\[2, 3, 5\].*\[2, 3, 3\] and q"),
+    ("bias shape", attend(WINDOW, va.RelativeBias(zeros(3, 5))), RuntimeError, r"heads, 2Kh-1, 2Kw-1.*\[3, 5\]"),
+    ("bias dtype", attend(WINDOW, va.RelativeBias(zeros(2, 3, 5).half())), RuntimeError, "RelativeBias.table.dtype"),
+    ("key bias", attend(WINDOW, va.KeyBias(zeros(2, 4, 3))), RuntimeError, r"\[2, 3, 4\] or \[2, 3, 4, 2\]"),
+    ("key bias", attend(WINDOW, va.KeyBias(zeros(1, 3, 4))), RuntimeError, r"=\[1, 3, 4\] and q.shape"),
+    ("key bias", attend(WINDOW, va.KeyBias(zeros(2, 3, 4).int())), RuntimeError, "KeyBias.bias.dtype=torch.int32"),
+    (
+        "two grids",
+        attend(va.Global(), va.RelativeBias(zeros(2, 5, 7)), keys=slice(2)),
+        ValueError,
+        "one size, as RelativeBias needs.*q grid=3x4 and k grid=2x4",
+    ),
+    ("two grids", attend(va.Global(), va.RelativeValue(zeros(5, 8)), keys=slice(1)), ValueError, "k grid=1x4"),
+    *(
+        ("two grids", attend(pattern, keys=slice(2)), ValueError, "q grid=3x4 and k grid=2x4")
+        for pattern in (WINDOW, va.Grid(2), va.Neighborhood(1), va.Row(), va.Column(), va.CrissCross())
+    ),
+    ("window", lambda q, k, v: va.Window(0), ValueError, "window_size of at least 1.*window_size=0"),
+    ("window", lambda q, k, v: va.Window((2, -1)), ValueError, r"window_size=\(2, -1\)"),
+    ("window", lambda q, k, v: va.Window(2.0), TypeError, "an integer or a pair.*window_size=2.0"),
+    ("window", lambda q, k, v: va.Window(True), TypeError, "window_size=True"),
+    ("window", lambda q, k, v: va.Window("7"), TypeError, "window_size='7'"),
+    ("window", lambda q, k, v: va.Window((1, 2, 3)), ValueError, r"window_size=\(1, 2, 3\)"),
+    ("shift", lambda q, k, v: va.Window((2, 3), 2), ValueError, r"0 <= shift < window_size.*\(2, 3\).*shift=2"),
+    ("shift", lambda q, k, v: va.Window(2, -1), ValueError, "shift=-1"),
+    ("grid", lambda q, k, v: va.Grid(0), ValueError, "grid_size=0"),
+    ("grid", lambda q, k, v: va.Grid((1, None)), TypeError, r"grid_size=\(1, None\)"),
+    ("kernel", lambda q, k, v: va.Neighborhood(0), ValueError, "kernel_size=0"),
+    ("dilation", lambda q, k, v: va.Neighborhood(3, 0), ValueError, "dilation=0"),
+    ("border", lambda q, k, v: va.Neighborhood(3, border="wrap"), ValueError, "shift, mask, zero.*border='wrap'"),
+    ("border", lambda q, k, v: va.Neighborhood(3, border=1), TypeError, "border=1"),
+    ("causal", lambda q, k, v: va.Neighborhood(3, is_causal=1), TypeError, "is_causal=1"),
+    ("causal", lambda q, k, v: va.Neighborhood(3, is_causal=(True,)), ValueError, r"is_causal=\(True,\)"),
+    (
+        "kernel too large",
+        attend(va.Neighborhood((3, 5))),
+        ValueError,
+        "kernel_size \\* dilation <= 4, the width.*kernel_size=5 and dilation=1 along the width.*kernel_size <= 4, or "
+        'border="mask" or border="zero"',
+    ),
+    ("kernel too large", attend(va.Neighborhood(2, 2)), ValueError, "height.*dilation=2 .*kernel_size <= 1, or"),
+    ("kernel too large", attend(va.Neighborhood(2, (1, 5), is_causal=True)), ValueError, "width.*dilation <= 4, or"),
+    ("span", lambda q, k, v: va.Row(2), ValueError, "odd.*span=2"),
+    ("span", lambda q, k, v: va.Column(-1), ValueError, "span=-1"),
+    ("span", lambda q, k, v: va.Row(True), TypeError, "span=True"),
+    ("span", lambda q, k, v: va.Column(3.0), TypeError, "span=3.0"),
     ("backend", lambda q, k, v: va.attention(q, k, v, backend="gpu"), ValueError, "backend='gpu'"),
     ("backend", lambda q, k, v: va.attention(q, k, v, backend=None), TypeError, "backend=None"),
     ("points", lambda q, k, v: va.attention_map(q, k, [(3, 0)]), ValueError, r"0 <= y < 3 and 0 <= x < 4.*\(3, 0\)"),
@@ -188,12 +281,69 @@ def test_properties() -> None:
     close(torch.einsum("byxh,byxhd->bhd", va.attention_received(q, k), v), out.sum((1, 2)))
 
 
+EVERY_PATTERN = (
+    va.Global(),
+    va.Window(3, 1),
+    va.Grid((2, 3)),
+    va.Neighborhood(3, 2, "zero", (True, False)),
+    va.Row(3),
+    va.Column(),
+    va.CrissCross(),
+)
+
+
 def test_patterns_copy_and_pickle() -> None:
-    for pattern in (va.Global(),):
+    for pattern in EVERY_PATTERN:
         assert copy.deepcopy(pattern) == pattern
         assert pickle.loads(pickle.dumps(pattern)) == pattern
         assert hash(pattern) == hash(copy.deepcopy(pattern))
         assert pattern.mask is not None
+
+
+def test_terms_copy_and_pickle() -> None:
+    table = torch.arange(15.0).view(1, 3, 5)
+    terms = [va.RelativeBias(table), va.RelativeQuery(table[0], scale=0.5), va.RelativeKey(rel_w=table[0], scale=2)]
+    terms += [va.RelativeValue(table[0], table[0]), va.KeyBias(table)]
+    for term in terms:
+        for twin in (copy.deepcopy(term), pickle.loads(pickle.dumps(term))):
+            assert type(twin) is type(term)
+            assert twin != term  # identity: tensors have no other cheap equality
+            for field in term.__dataclass_fields__:
+                x, y = getattr(twin, field), getattr(term, field)
+                assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+
+
+def test_terms_are_told() -> None:
+    q, k, v = maps(Q, Q, Q)
+    text = va.explain(q, k, v, va.Window(2), terms=(va.KeyBias(zeros(2, 3, 4)), va.RelativeValue(zeros(3, 8))))
+    assert "Window(window_size=(2, 2), shift=(0, 0)) with KeyBias, RelativeValue on cpu" in text
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_engine)])
+@pytest.mark.parametrize("pattern", EVERY_PATTERN[1:], ids=lambda pattern: type(pattern).__name__)
+def test_equals_masked_global_attention(pattern, backend: str) -> None:
+    """A local pattern is global attention with scores of -inf outside it; one key bias per query says the same."""
+    tensors = inputs(Case(dtype=torch.float64, batch=1, queries=(6, 7), keys=(6, 7)))
+    q, k, v = (tensors[n] for n in "qkv")
+    grid = Size(6, 7)
+    if pattern.margin() != ((0, 0), (0, 0)):
+        pattern = va.Neighborhood(3, 2, "mask", (True, False))
+    mask = pattern.mask(grid, grid)
+    rows = va.attention(q, k, v, pattern, backend=backend)
+    for y, x in ((0, 0), (2, 3), (5, 6)):
+        bias = torch.zeros(1, 6, 7, dtype=torch.float64).masked_fill(~mask[y, x], -torch.inf)
+        alone = va.attention(q[:, y : y + 1, x : x + 1], k, v, terms=(va.KeyBias(bias),), backend=backend)
+        torch.testing.assert_close(rows[:, y, x], alone[:, 0, 0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_engine)])
+def test_value_terms_change_no_weight(backend: str) -> None:
+    q, k, _ = maps(Q, Q, Q)
+    across = va.RelativeValue(rel_w=zeros(5, 9))  # of any width: there are no values
+    rows = va.attention_map(q, k, [(0, 0)], va.Row(3), terms=(across,), backend=backend)
+    assert torch.equal(rows, va.attention_map(q, k, [(0, 0)], va.Row(3), backend=backend))
+    sums = va.attention_received(q, k, va.Window(2), terms=(va.RelativeValue(zeros(3, 5)),), backend=backend)
+    assert torch.equal(sums, va.attention_received(q, k, va.Window(2), backend=backend))
 
 
 @needs_engine

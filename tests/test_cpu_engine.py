@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import CASES, DTYPES, Case, differentiate, hold, inputs
+from cases import CASES, DTYPES, PATTERNS, TERM_CASES, Case, TermCase, differentiate, hold, inputs, short
 from conftest import poison
 from tolerance import check
 
@@ -16,6 +16,8 @@ from visattn_kernels.backends import cpu
 
 pytestmark = pytest.mark.skipif(bool(cpu.unavailable()), reason="; ".join(cpu.unavailable()))
 
+
+EVERYTHING = tuple(options[0] for options in TERM_CASES)  # every term
 
 ISAS = ("plain", "avx2", "avx512", "avx512_bf16")
 
@@ -39,9 +41,10 @@ def on_each_isa(cases: list[Case]) -> pytest.MarkDecorator:
 
 
 def attend(case: Case):
-    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **extra: torch.Tensor):
+        call = {"scale": case.scale, "terms": case.build_terms(extra), "backend": "cpu"}
         with poison():
-            return va.attention(q, k, v, case.pattern, scale=case.scale, backend="cpu", return_lse=True)
+            return va.attention(q, k, v, case.pattern, **call, return_lse=True)
 
     return forward
 
@@ -50,7 +53,7 @@ def attend(case: Case):
 def test_forward_and_backward(case: Case, isa: str) -> None:
     tensors = inputs(case)
     with poison():
-        results = differentiate(attend(case), tensors, case.needs)
+        results = differentiate(attend(case), tensors, case.wanted)
     assert results["out"].is_contiguous()
     assert results["out"].dtype == case.dtype
     hold(case, results)
@@ -58,26 +61,30 @@ def test_forward_and_backward(case: Case, isa: str) -> None:
 
 @on_each_isa([case for case in CASES if case.needs == "qkv"])
 def test_map_and_received(case: Case, isa: str) -> None:
-    q, k = inputs(case)["q"], inputs(case)["k"]
+    tensors = inputs(case)
+    q, k, terms = tensors["q"], tensors["k"], case.build_terms(tensors)
     height, width = case.queries
     points = [(0, 0), (height - 1, width - 1), (height // 2, width // 3), (0, 0)]
+    call = {"pattern": case.pattern, "scale": case.scale, "terms": terms, "backend": "cpu"}
     with poison():
-        rows = va.attention_map(q, k, points, case.pattern, scale=case.scale, backend="cpu")
-        sums = va.attention_received(q, k, case.pattern, scale=case.scale, backend="cpu")
-    call = {"pattern": case.pattern, "scale": case.true_scale}
+        rows = va.attention_map(q, k, points, **call)
+        sums = va.attention_received(q, k, **call)
+    call = {"pattern": case.pattern, "scale": case.true_scale, "terms": terms}
+    dense = reference.probabilities(q, k, **call)  # L: eager in the case's dtype
+    exact_terms = case.build_terms({name: x.double() for name, x in tensors.items()})
     for name, x, function, args in (
         ("map", rows, reference.attention_map, (torch.tensor(points),)),
         ("received", sums, reference.attention_received, ()),
     ):
-        exact = function(q.double(), k.double(), *args, **call)
-        dense = reference.weights(reference.logits(q, k, **call))[0]  # L: eager in the case's dtype
+        exact = function(q.double(), k.double(), *args, **{**call, "terms": exact_terms})
         if name == "map":
             ys, xs = torch.tensor(points).T
             eager = dense[:, :, ys, xs].transpose(1, 2)
         else:
             eager = dense.sum((2, 3)).unflatten(1, (case.kv_heads, -1)).sum(2).permute(0, 2, 3, 1)
         check(name, x, exact, eager, case.dtype)
-    if case.batch:
+        assert x[exact == 0].eq(0).all(), f"{name}: weight in a masked place"
+    if case.batch and case.keeps_weight:
         torch.testing.assert_close(rows.sum((-1, -2)), torch.ones(case.batch, 4, case.heads, dtype=rows.dtype))
         total = float(case.heads * height * width)
         torch.testing.assert_close(sums.sum((1, 2, 3)), torch.full((case.batch,), total, dtype=sums.dtype))
@@ -91,22 +98,33 @@ def test_no_points(isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_for_any_threads_any_batch_any_run(dtype: torch.dtype, isa: str) -> None:
-    case = Case(dtype=dtype, batch=3, queries=(11, 13), keys=(19, 23), heads=4, kv_heads=2, head_dim=24, value_dim=17)
+    shapes = {"batch": 3, "heads": 4, "kv_heads": 2, "head_dim": 24, "value_dim": 17}
+    same_bits(Case(dtype=dtype, queries=(11, 13), keys=(19, 23), **shapes))
+    shapes |= {"queries": (13, 17), "keys": (13, 17), "terms": EVERYTHING}
+    for pattern in (va.Global(), va.Window(5, 2), va.Neighborhood(5, border="zero"), va.CrissCross()):
+        same_bits(Case(dtype=dtype, pattern=pattern, **shapes))
+
+
+def same_bits(case: Case) -> None:
+    """Hold results to one another for other numbers of threads, and each map's to those of the map alone."""
     tensors = inputs(case)
-    first = differentiate(attend(case), tensors, "qkv")
+    first = differentiate(attend(case), tensors, case.wanted)
     threads = torch.get_num_threads()
     try:
         for n in (1, 3, 7):
             torch.set_num_threads(n)
-            again = differentiate(attend(case), tensors, "qkv")
+            again = differentiate(attend(case), tensors, case.wanted)
             for name, x in first.items():
                 assert torch.equal(x, again[name]), f"{name} with {n} threads"
     finally:
         torch.set_num_threads(threads)
     for b in range(case.batch):
-        alone = differentiate(attend(case), {name: x[b : b + 1] for name, x in tensors.items()}, "qkv")
+        shared = [name for name in case.term_tensors if name != "key_bias"]
+        slices = {name: x if name in shared else x[b : b + 1] for name, x in tensors.items()}
+        alone = differentiate(attend(case), slices, case.wanted)
         for name, x in first.items():
-            assert torch.equal(x[b : b + 1], alone[name]), f"{name} of map {b}"
+            if name.removeprefix("grad_") not in shared:  # whose gradients are sums over maps
+                assert torch.equal(x[b : b + 1], alone[name]), f"{name} of map {b}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -126,6 +144,45 @@ def test_nan_and_inf_reach_what_they_reach_in_the_reference(
     for name, x, r, low in zip(("out", "lse"), results, exact, eager, strict=True):
         low = torch.where(r.isfinite(), low.double().nan_to_num(), r)  # eager low precision may overflow on its own
         check(name, x, r, low, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("where", ["q", "k", "v", "grad_out"])
+@pytest.mark.parametrize("pattern", [pattern for pattern, grid in PATTERNS if grid == (7, 11)], ids=short)
+def test_nan_never_leaks(pattern, where: str, dtype: torch.dtype, isa: str) -> None:
+    """What a bad number reaches in the reference, and nothing else; forwards, and in every gradient."""
+    case = Case(dtype, 2, (7, 11), (7, 11), 2, 1, 3, 2, pattern=pattern, terms=(*EVERYTHING[:-1], TermCase("KeyBias")))
+    tensors = inputs(case)
+    tensors["key_bias"][1, 2, 2] = -torch.inf
+    tensors["k"][1, 2, 2] = torch.nan  # removed: reaches nothing
+    tensors[where][1, 3, 5, 0, 1] = torch.nan
+    results = differentiate(attend(case), tensors, case.wanted)
+    call = {"pattern": pattern, "scale": case.true_scale}
+
+    def formula(q, k, v, **extra):
+        return reference.formula(q, k, v, **call, terms=case.build_terms(extra))
+
+    exact = differentiate(formula, {name: x.double() for name, x in tensors.items()}, case.wanted)
+    for name, x in results.items():
+        assert torch.equal(x.isnan(), exact[name].isnan()), name
+
+
+@pytest.mark.parametrize("pattern", [va.Global(), va.Window(3), va.CrissCross()], ids=short)
+def test_queries_with_no_key(pattern, isa: str) -> None:
+    case = Case(batch=2, queries=(5, 7), keys=(5, 7), pattern=pattern, terms=(TermCase("KeyBias"), *EVERYTHING[:-1]))
+    tensors = inputs(case)
+    tensors["key_bias"][1] = -torch.inf
+    results = differentiate(attend(case), tensors, case.wanted)
+    for name in ("out", "grad_q", "grad_k", "grad_v", "grad_key_bias"):
+        assert results[name][1].eq(0).all(), name
+        assert results[name].isfinite().all(), name
+    assert results["lse"][1].eq(-torch.inf).all()
+    alone = replace(case, batch=1)
+    first = {name: x[:1] if x.shape[0] == 2 and not name.startswith("relative") else x for name, x in tensors.items()}
+    expected = differentiate(attend(alone), first, case.wanted)
+    for name in case.term_tensors:
+        if name != "key_bias":
+            torch.testing.assert_close(results[f"grad_{name}"], expected[f"grad_{name}"])
 
 
 def test_unknown_instruction_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

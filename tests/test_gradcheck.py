@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
-from cases import LAYOUTS, laid_out
+from cases import LAYOUTS, TERM_CASES, Case, TermCase, inputs, laid_out, short
 
 import visattn_kernels as va
 from visattn_kernels.backends import cpu
@@ -85,6 +86,47 @@ def test_non_contiguous_inputs(backend: str, layout: str) -> None:
     """(gradcheck cannot perturb an expanded tensor; the case table covers it.)"""
     inputs = leaves((2, 3), (2, 3), 2, 2, 2, 2, "qkv", layout)
     assert torch.autograd.gradcheck(lambda q, k, v: va.attention(q, k, v, backend=backend), inputs)
+
+
+TINY = [
+    (va.Global(), (2, 2)),
+    (va.Window(2, shift=(1, 0)), (3, 2)),
+    (va.Grid((2, 1)), (3, 2)),
+    (va.Neighborhood((2, 3)), (2, 3)),
+    (va.Neighborhood((2, 1), is_causal=(True, False)), (3, 2)),
+    (va.Neighborhood(2, dilation=(1, 2), border="mask"), (2, 3)),
+    (va.Neighborhood((3, 2), border="zero"), (2, 2)),
+    (va.Neighborhood(2, border="zero", is_causal=(False, True)), (2, 2)),
+    (va.Row(3), (2, 3)),
+    (va.Column(), (3, 2)),
+    (va.CrissCross(), (2, 3)),
+]
+TERM_SETS = [(), *((options[0],) for options in TERM_CASES), tuple(options[1] for options in TERM_CASES)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("terms", TERM_SETS, ids=lambda terms: "-".join(map(str, terms)) or "none")
+@pytest.mark.parametrize(("pattern", "grid"), TINY, ids=[short(pattern) for pattern, _ in TINY])
+def test_every_pattern_with_every_term(backend: str, pattern, grid, terms: tuple[TermCase, ...]) -> None:
+    terms = tuple(replace(term, layout="contiguous") for term in terms)  # gradcheck cannot perturb an expanded tensor
+    shapes = {"batch": 1, "queries": grid, "keys": grid, "heads": 2, "kv_heads": 1, "head_dim": 2, "value_dim": 1}
+    case = Case(dtype=torch.float64, pattern=pattern, terms=terms, **shapes)
+    tensors, names = inputs(case), case.wanted
+
+    def f(*leaves):
+        given = dict(zip(names, leaves, strict=True))
+        if "key_bias" in given:  # finite differences of a removed key are not numbers
+            given["key_bias"] = given["key_bias"].masked_fill(gone, -torch.inf)
+        q, k, v = (given[name] for name in "qkv")
+        built = case.build_terms(given)
+        return va.attention(q, k, v, pattern, scale=0.9, terms=built, backend=backend, return_lse=True)
+
+    if "key_bias" in tensors:
+        tensors["key_bias"] = tensors["key_bias"].nan_to_num(neginf=0.5)
+        gone = torch.zeros_like(tensors["key_bias"], dtype=torch.bool)
+        gone[0, 0, 0] = isinstance(pattern, (va.Global, va.Row, va.CrissCross))  # where no query is left without a key
+    leaves = [tensors[name].requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(f, leaves)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch._dynamo.testing
-from cases import DTYPES, Case, inputs
+from cases import DTYPES, TERM_CASES, Case, TermCase, inputs
 
 import visattn_kernels as va
 from visattn_kernels import ops
 from visattn_kernels.backends import cpu
+from visattn_kernels.terms import TERM_TENSORS
 
 pytestmark = pytest.mark.skipif(bool(cpu.unavailable()), reason="; ".join(cpu.unavailable()))
 
+EVERYTHING = tuple(options[0] for options in TERM_CASES)  # every term
 CALL = (0.7, 1.0, 1.0, va.Global().encode())
 SHAPES = [
     Case(heads=4, kv_heads=2, value_dim=5, keys=(3, 4)),
@@ -39,16 +43,117 @@ def test_opcheck(case: Case, dtype: torch.dtype) -> None:
     torch.library.opcheck(ops.operator("cpu", "received"), (q, k, *ops.NO_TERMS, *CALL))
 
 
+LOCAL = [
+    Case(batch=1, keys=(5, 7), pattern=pattern, terms=terms, heads=2, kv_heads=1, head_dim=3, value_dim=2)
+    for pattern in (va.Window((2, 3), 1), va.Neighborhood(3, border="zero"), va.CrissCross())
+    for terms in ((), EVERYTHING, (TermCase("RelativeQuery", sides="w", layout="transposed"),))
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", LOCAL, ids=lambda case: case.id)
+def test_opcheck_of_patterns_and_terms(case: Case, dtype: torch.dtype) -> None:
+    tensors = inputs(replace(case, dtype=dtype))
+    q, k, v = (tensors[n] for n in "qkv")
+    terms = tuple(tensors.get(name) for name in TERM_TENSORS)
+    scalars = (0.7, 0.5, -0.3, case.pattern.encode())
+    wants = lambda x: None if x is None else x.detach().requires_grad_()
+    out, lse = ops.operator("cpu", "forward")(q, k, v, *terms, *scalars)
+    for args in ((q, k, v, *terms), tuple(wants(x) for x in (q, k, v, *terms))):
+        torch.library.opcheck(ops.operator("cpu", "forward"), (*args, *scalars))
+    present = sum(1 << i for i, x in enumerate((q, k, v, *terms)) if x is not None)
+    for needs in (present, present & ~7, 5):
+        args = (tensors["grad_out"], tensors["grad_lse"], q, k, v, *terms, out, lse, *scalars, needs)
+        torch.library.opcheck(ops.operator("cpu", "backward"), args)
+    scores = tuple(None if name.startswith("relative_value") else tensors.get(name) for name in TERM_TENSORS)
+    at = torch.tensor([[0, 0], [4, 3]])
+    torch.library.opcheck(ops.operator("cpu", "map"), (q, k, *scores, at, *scalars))
+    torch.library.opcheck(ops.operator("cpu", "received"), (q, k, *scores, *scalars))
+
+
+def attend(case: Case, backend: str = "auto"):
+    """A call of a case's pattern and terms; a function of q, k, v and the term tensors, in schema order."""
+
+    def f(*leaves: torch.Tensor):
+        q, k, v, *extra = leaves
+        terms = case.build_terms(dict(zip(case.term_tensors, extra, strict=True)))
+        return va.attention(q, k, v, case.pattern, terms=terms, backend=backend, return_lse=True)
+
+    return f
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("case", LOCAL, ids=lambda case: case.id)
+def test_compile_patterns_and_terms(case: Case, backend: str) -> None:
+    torch._dynamo.reset()
+    f = attend(case, backend)
+    loss = lambda *leaves: sum(x.sin().sum() for x in f(*leaves))
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    tensors = inputs(case)
+    close_with_gradients(loss, compiled, *(tensors[name] for name in ("q", "k", "v", *case.term_tensors)))
+
+
+def test_export_of_patterns_and_terms() -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pattern = va.Window(3, 1)
+            self.table, self.rel = torch.nn.Parameter(torch.randn(2, 5, 5)), torch.nn.Parameter(torch.randn(5, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q = va.heads_last(x, 2)
+            terms = (va.RelativeBias(self.table), va.RelativeQuery(self.rel, scale=0.5))
+            return va.channels_first(va.attention(q, q, q, self.pattern, terms=terms))
+
+    layer, x = Layer(), torch.randn(2, 8, 5, 6)
+    dims = {"x": {0: torch.export.Dim("batch", min=1, max=64), 2: torch.export.Dim("height", min=2, max=64)}}
+    program = torch.export.export(layer, (x,), dynamic_shapes=dims, strict=True)
+    for shape in ((2, 8, 5, 6), (3, 8, 9, 6)):
+        y = torch.randn(shape)
+        torch.testing.assert_close(program.module()(y), layer(y))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_terms(dtype: torch.dtype) -> None:
+    case = Case(pattern=va.Window(3), terms=EVERYTHING)
+    tensors = inputs(case)
+    leaves = [tensors[name].requires_grad_() for name in ("q", "k", "v", *case.term_tensors)]
+    with torch.autocast("cpu", dtype=dtype):
+        out, lse = attend(case)(*leaves)
+        terms = case.build_terms(tensors)
+        assert va.attention_map(leaves[0], leaves[1], [(0, 0)], case.pattern, terms=terms).dtype == torch.float32
+        assert va.attention_received(leaves[0], leaves[1], case.pattern, terms=terms).dtype == torch.float32
+        assert "bfloat16" in (text := va.explain(*leaves[:3], case.pattern, terms=terms)) or "float16" in text
+    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+    with torch.no_grad():
+        assert torch.equal(out, attend(case)(*(x.to(dtype) for x in leaves))[0])
+    grads = torch.autograd.grad(out.float().sum(), leaves)
+    assert [x.dtype for x in grads] == [torch.float32] * len(leaves)
+
+
+@pytest.mark.parametrize("case", [LOCAL[1], LOCAL[4]], ids=lambda case: case.id)
+def test_vmap_with_terms(case: Case) -> None:
+    tensors = inputs(case)
+    leaves = [tensors[name] for name in ("q", "k", "v", *case.term_tensors)]
+    stacks = [torch.stack([x, x * 0.5, x.flip(-1)]) for x in leaves]
+    stacks[-1] = leaves[-1]  # one key bias for all
+    dims = (*(0,) * (len(leaves) - 1), None)
+    results = torch.vmap(attend(case), in_dims=dims)(*stacks)
+    for i in range(3):
+        alone = attend(case)(*(x if d is None else x[i] for x, d in zip(stacks, dims, strict=True)))
+        torch.testing.assert_close([x[i] for x in results], list(alone), rtol=0, atol=0)
+
+
 def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     out, lse = va.attention(q, k, v, return_lse=True)
     return (out * 2).sum() + lse.sin().sum()
 
 
-def close_with_gradients(f, g, q, k, v) -> None:
+def close_with_gradients(f, g, *inputs) -> None:
     """Hold two functions' values and gradients together."""
     both = []
     for function in (f, g):
-        leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
         y = function(*leaves)
         both.append((y.detach(), *torch.autograd.grad(y, leaves)))
     torch.testing.assert_close(*both)
@@ -180,6 +285,11 @@ def test_forward_mode_raises_and_is_never_silently_wrong(which: str) -> None:
     }[which]
     with pytest.raises(NotImplementedError, match=r'forward-mode.*backend="reference"'):
         torch.func.jvp(call, (q,), (q,))
+    table = q[0, :, 0, 0, :1]  # [5, 1]: a table of K = 3
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(
+            lambda x: va.attention(q, q, q, va.Window(3), terms=(va.RelativeQuery(x.expand(5, 8)),)), (table,), (table,)
+        )
     with torch.autograd.forward_ad.dual_level():
         call(q)  # no tangent: nothing to refuse
         with pytest.raises(NotImplementedError, match="forward-mode"):
@@ -210,4 +320,14 @@ def test_saved_tensors_are_not_on_the_context() -> None:
         out = va.attention(*(tensors[n].requires_grad_() for n in "qkv"))
     assert len(packed) == 5  # q, k, v, out, lse
     assert out.grad_fn is not None
+    assert not any(isinstance(value, torch.Tensor) for value in out.grad_fn.call)
+
+
+def test_saved_term_tensors_are_not_on_the_context() -> None:
+    case = Case(pattern=va.Window(3), terms=EVERYTHING)
+    tensors = inputs(case)
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x.shape) or x, lambda x: x):
+        out, _ = attend(case, "cpu")(*(tensors[n].requires_grad_() for n in ("q", "k", "v", *case.term_tensors)))
+    assert len(packed) == 5 + len(TERM_TENSORS)
     assert not any(isinstance(value, torch.Tensor) for value in out.grad_fn.call)

@@ -12,6 +12,8 @@ roundoff. A result x must satisfy:
 
        bound_i = (8u + 2 * 2^-24 * max_j sum_d |scale * q_id * k_jd|) * sum_j p_j |v_j|
 
+   (with terms: the products and numbers they add to the score by their magnitudes too, and |v_j| + |value terms|)
+
    so that an outlier can't hide under the maximum. The second summand is what the rounding of the scores themselves
    does, which are float32 for every dtype but float64: scores off by e move out by up to 2e * sum_j p_j |v_j|. Without
    it no float32 program passes, the eager formula included, as soon as logits reach 10 (docs/design.md);
@@ -21,10 +23,13 @@ roundoff. A result x must satisfy:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from visattn_kernels import reference
+from visattn_kernels import RelativeKey, RelativeQuery, RelativeValue, reference
 from visattn_kernels.patterns import Pattern
+from visattn_kernels.terms import TERM_TENSORS, Term, cast, tensors_of
 
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 RESULT, GRADIENT = 2.0, 3.0
@@ -80,28 +85,66 @@ def check(
 
 
 def element_bound(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern, scale: float, dtype: torch.dtype
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: Pattern,
+    scale: float,
+    dtype: torch.dtype,
+    terms: Sequence[Term] = (),
 ) -> torch.Tensor:
     """The bound of rule 3 for each element of out, from float64 inputs."""
-    mass = reference.formula(q, k, v.abs(), pattern, scale=scale)[0]
-    scores = reference.logits(q.abs(), k.abs(), pattern, scale=abs(scale))
-    size = scores.flatten(-2).amax(-1).permute(0, 2, 3, 1)[..., None]  # [B, H, W, heads, 1]
+    absolute = magnitudes(terms)
+    values = [term for term in absolute if isinstance(term, RelativeValue)]
+    mass_terms = [term for term in terms if not isinstance(term, RelativeValue)] + values
+    mass = reference.formula(q, k, v.abs(), pattern, scale=scale, terms=mass_terms)[0]
+    scores = reference.logits(q.abs(), k.abs(), pattern, scale=abs(scale), terms=absolute)
+    size = scores.flatten(-2).amax(-1).clamp_min(0).permute(0, 2, 3, 1)[..., None]  # [B, H, W, heads, 1]
     return (8 * UNIT.get(dtype, 0.0) + 2 * UNIT[torch.float32] * size) * mass
 
 
-def gradient_sizes(tensors: dict[str, torch.Tensor], pattern: Pattern, scale: float) -> dict[str, torch.Tensor]:
-    """G of rules 1 and 2 for the gradients of q, k and v, from float64 tensors by name."""
-    q, k, v, grad_out = (tensors[name].abs() for name in ("q", "k", "v", "grad_out"))
-    group = q.shape[3] // k.shape[3]
-    k_heads, v_heads = (x.repeat_interleave(group, dim=3) for x in (k, v))
-    weights, _ = reference.weights(reference.logits(tensors["q"], tensors["k"], pattern, scale=scale))
-    out = torch.einsum("bhyxvu,bvuhd->byxhd", weights, v_heads)
-    delta = (grad_out * out).sum(-1) + tensors["grad_lse"].abs()  # [B, H, W, heads]
-    grad_weights = torch.einsum("byxhd,bvuhd->bhyxvu", grad_out, v_heads) + delta.permute(0, 3, 1, 2)[..., None, None]
-    grad_scores = abs(scale) * weights * grad_weights
-    shared = lambda x: x.unflatten(3, (-1, group)).sum(4)
-    return {
-        "grad_q": torch.einsum("bhyxvu,bvuhd->byxhd", grad_scores, k_heads),
-        "grad_k": shared(torch.einsum("bhyxvu,byxhd->bvuhd", grad_scores, q)),
-        "grad_v": shared(torch.einsum("bhyxvu,byxhd->bvuhd", weights, grad_out)),
-    }
+def magnitudes(terms: Sequence[Term]) -> list[Term]:
+    """The terms with every number replaced by its magnitude; what -inf removes stays removed."""
+    absolute = []
+    for term in cast(terms, lambda x: torch.where(x == -torch.inf, x, x.abs())):
+        if isinstance(term, (RelativeQuery, RelativeKey)):
+            term = type(term)(term.rel_h, term.rel_w, abs(term.scale))
+        absolute.append(term)
+    return absolute
+
+
+def gradient_sizes(
+    tensors: dict[str, torch.Tensor], pattern: Pattern, scale: float, terms: Sequence[Term] = ()
+) -> dict[str, torch.Tensor]:
+    """G of rules 1 and 2 for the gradients of q, k, v and every term tensor, from float64 tensors by name.
+
+    Scores and results are sums of products. With every factor replaced by its magnitude their derivatives have no
+    negative summand, so that differentiating them gives the sums of magnitudes.
+    """
+    leaf = lambda x: x.detach().abs().requires_grad_()
+    q, k, v = (leaf(tensors[name]) for name in "qkv")
+    absolute = cast(magnitudes(terms), lambda x: x.detach().requires_grad_())
+    extra = dict(zip(TERM_TENSORS, tensors_of(absolute), strict=True))
+    with torch.no_grad():
+        scores = reference.logits(tensors["q"], tensors["k"], pattern, scale=scale, terms=terms)
+        weights = reference.weights(scores)[0]
+    weights.requires_grad_()
+    grad_out = tensors["grad_out"].abs()
+    sizes = {}
+
+    def differentiate(y: torch.Tensor, grad: torch.Tensor, **wanted: torch.Tensor | None) -> None:
+        names = [name for name, x in wanted.items() if x is not None]
+        grads = torch.autograd.grad(y, [wanted[name] for name in names], grad, allow_unused=True)
+        for name, x in zip(names, grads, strict=True):
+            if x is not None:
+                sizes[f"grad_{name}"] = x
+
+    out = reference.combine(weights, q, k, v, pattern, terms=absolute)
+    values = {name: x for name, x in extra.items() if name.startswith("relative_value")}
+    differentiate(out, grad_out, v=v, weights=weights, **values)
+    delta = (grad_out * out.detach()).sum(-1) + tensors["grad_lse"].abs()  # [B, H, W, heads]
+    grad_scores = weights * (sizes.pop("grad_weights") + delta.permute(0, 3, 1, 2)[..., None, None])
+    scores = reference.logits(q, k, pattern, scale=abs(scale), terms=absolute)
+    added = {name: x for name, x in extra.items() if name not in values}
+    differentiate(scores, grad_scores.detach(), q=q, k=k, **added)
+    return sizes

@@ -9,7 +9,7 @@ exist; [Hk', Wk'] are its sides.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -93,22 +93,42 @@ def formula(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern, *, scale: float, terms: Sequence[Term] = ()
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with every operation in the dtype of its inputs; see `attention` for the arguments."""
+    map_, lse = weights(logits(q, k, pattern, scale=scale, terms=terms))
+    return combine(map_, q, k, v, pattern, terms=terms), lse.permute(0, 2, 3, 1)
+
+
+def combine(
+    map_: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: Pattern,
+    *,
+    terms: Sequence[Term] = (),
+) -> torch.Tensor:
+    """The sum of values and value terms, weighted by a map `[B, heads, H, W, Hk', Wk']`; see `attention`."""
     extra = dict(zip(TERM_TENSORS, tensors_of(terms), strict=True))
     sees = visible(q, k, pattern, terms)
-    probabilities, lse = weights(logits(q, k, pattern, scale=scale, terms=terms))
     v = v.repeat_interleave(q.shape[3] // v.shape[3], dim=3)
     inside = None if sees is None else _crop(sees, pattern, k)
-    out = _weigh("bhyxvu,bvuhd->byxhd", _crop(probabilities, pattern, k), v, inside)
+    out = _weigh("bhyxvu,bvuhd->byxhd", _crop(map_, pattern, k), v, inside)
     tables = [_table(extra[f"relative_value_{side}"], q, k, pattern, axis, True) for axis, side in enumerate("hw")]
-    if tables[0] is not None or tables[1] is not None:
-        out = out + _along(
-            tables,
-            sees,
-            lambda table, seen: _weigh("bhyxv,hyvd->byxhd", probabilities.sum(5), table, seen),
-            lambda table, seen: _weigh("bhyxu,hxud->byxhd", probabilities.sum(4), table, seen),
-            (5, 4),
-        )
-    return out, lse.permute(0, 2, 3, 1)
+    if tables[0] is None and tables[1] is None:
+        return out
+    return out + _along(
+        tables,
+        sees,
+        lambda table, seen: _weigh("bhyxv,hyvd->byxhd", map_.sum(5), table, seen),
+        lambda table, seen: _weigh("bhyxu,hxud->byxhd", map_.sum(4), table, seen),
+        (5, 4),
+    )
+
+
+def probabilities(
+    q: torch.Tensor, k: torch.Tensor, pattern: Pattern, *, scale: float, terms: Sequence[Term] = ()
+) -> torch.Tensor:
+    """The whole map, `[B, heads, H, W, Hk, Wk]`, in the dtype of its inputs; keys outside the map are left out."""
+    return _crop(weights(logits(q, k, pattern, scale=scale, terms=terms))[0], pattern, k)
 
 
 def attention(
@@ -145,25 +165,18 @@ def attention_map(
     terms: Sequence[Term] = (),
 ) -> torch.Tensor:
     """Rows of the map at the queries `at` (int64 Tensor[P, 2]), `[B, P, heads, Hk, Wk]`, float32 or float64."""
-    probabilities = dense_map(q, k, pattern, scale=scale, terms=terms)
-    return probabilities[:, :, at[:, 0], at[:, 1]].transpose(1, 2)
+    q, k, _, terms, _ = _widened(q, k, k, terms)
+    return probabilities(q, k, pattern, scale=scale, terms=terms)[:, :, at[:, 0], at[:, 1]].transpose(1, 2)
 
 
 def attention_received(
     q: torch.Tensor, k: torch.Tensor, pattern: Pattern, *, scale: float, terms: Sequence[Term] = ()
 ) -> torch.Tensor:
     """The sum of each key's weights over all queries and its head group, `[B, Hk, Wk, kv_heads]`."""
-    per_head = dense_map(q, k, pattern, scale=scale, terms=terms).sum((2, 3))  # [B, heads, Hk, Wk]
+    q, k, _, terms, _ = _widened(q, k, k, terms)
+    per_head = probabilities(q, k, pattern, scale=scale, terms=terms).sum((2, 3))  # [B, heads, Hk, Wk]
     groups = (q.shape[0], k.shape[3], q.shape[3] // k.shape[3], *per_head.shape[2:])
     return per_head.reshape(groups).sum(2).permute(0, 2, 3, 1)
-
-
-def dense_map(
-    q: torch.Tensor, k: torch.Tensor, pattern: Pattern, *, scale: float, terms: Sequence[Term] = ()
-) -> torch.Tensor:
-    """The whole map, `[B, heads, H, W, Hk, Wk]`, float32 or float64; keys outside are left out of it."""
-    q, k, _, terms, _ = _widened(q, k, k, terms)
-    return _crop(weights(logits(q, k, pattern, scale=scale, terms=terms))[0], pattern, k)
 
 
 def visible(q: torch.Tensor, k: torch.Tensor, pattern: Pattern, terms: Sequence[Term] = ()) -> torch.Tensor | None:
@@ -219,7 +232,13 @@ def _table(
     return table[:, _index(q, k, pattern, axis, outside)]
 
 
-def _along(tables: list[torch.Tensor | None], sees: torch.Tensor | None, h: Any, w: Any, gone: tuple[int, int]) -> Any:
+def _along(
+    tables: list[torch.Tensor | None],
+    sees: torch.Tensor | None,
+    h: Callable[..., torch.Tensor],
+    w: Callable[..., torch.Tensor],
+    gone: tuple[int, int],
+) -> torch.Tensor:
     """The sum of what the two axes of a relative term give, `h(table, seen)` and `w(table, seen)`.
 
     Args:
@@ -233,7 +252,7 @@ def _along(tables: list[torch.Tensor | None], sees: torch.Tensor | None, h: Any,
         for part, table, dim in zip((h, w), tables, gone, strict=True)
         if table is not None
     ]
-    return sum(parts[1:], parts[0])
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
 # Contractions over the pairs that are visible. A plain einsum multiplies what lies in a masked pair by 0, and 0 * NaN
@@ -298,7 +317,8 @@ class _Weigh(torch.autograd.Function):
         # NaN and Inf come back for those that see them; where p is 0, 0 * Inf is NaN as anywhere.
         for value, there in ((torch.nan, b.isnan()), (torch.inf, b == torch.inf), (-torch.inf, b == -torch.inf)):
             at = there.to(p.dtype)
-            out = out + torch.einsum(equation, p, at) * torch.where(torch.einsum(equation, seen, at) > 0, value, 0.0)
+            met = torch.einsum(equation, seen, at) > 0
+            out = out + torch.einsum(equation, p, at) * torch.zeros_like(out).masked_fill(met, value)
         return out
 
     @staticmethod
