@@ -10,6 +10,6 @@
     python -m benchmarks ceilings                       what this CPU can do at most
     python -m benchmarks products                       the engine's inner product against torch's
 
-Reading order: `workloads`, `cases`, `providers`, `verify`, `measure`, `peak`, `ceilings`, `results`, `runner`,
-`table`, `plot`, `compare`, `cli`; `machine` says what it was measured on.
+Reading order: `workloads`, `cases`, `providers` (`naive`, `flex`), `verify`, `measure`, `peak`, `ceilings`, `results`,
+`runner`, `table`, `plot`, `compare`, `cli`; `machine` says what it was measured on.
 """

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.util import module_from_spec, spec_from_file_location
@@ -21,13 +22,15 @@ import torch.nn.functional as F
 from benchmarks.cases import Case, Inputs
 from benchmarks.machine import ROOT
 from benchmarks.workloads import positions
-from visattn_kernels.patterns import Column
 
 SAMPLES = 64
 """Queries, and keys, that are compared per map and head."""
 
 _CHUNK = {"cpu": 2**21, "cuda": 2**26}
 """Scores that are held at a time."""
+
+_SMALL = 2**19
+"""Scores that one thread computes sooner than two that wait for each other."""
 
 
 @dataclass(frozen=True)
@@ -370,19 +373,33 @@ class _Formula:
         )
 
     def parts(self) -> Iterator[_Rows]:
-        """All queries, some at a time: of one row, or one column, where the pattern shows these few keys."""
-        w, mask = self.case.workload, self.mask
+        """All queries, some at a time: those of a cell, or else of a row, where the pattern shows these few keys."""
         every = torch.arange(self.k.shape[2], device=self.q.device)
-        order = torch.arange(self.q.shape[2], device=self.q.device)
-        if isinstance(w.pattern, Column):
-            order = order.view(w.queries).T.flatten()
-        length = w.queries.height if isinstance(w.pattern, Column) else w.queries.width
-        lines = (order,) if mask is None else torch.split(order, length)
-        for line in lines:
-            keys = every if mask is None else mask[line].any(0).nonzero()[:, 0]
-            step = max(1, _CHUNK[self.case.device] // (self.q.shape[0] * self.q.shape[1] * len(keys)))
-            for part in torch.split(line, step):
-                yield self.rows(part, keys, slice(None))
+        groups: Sequence[torch.Tensor] = (torch.arange(self.q.shape[2], device=self.q.device),)
+        if self.mask is not None:
+            first = self.mask.view(torch.uint8).argmax(1)  # the same for all queries of a cell
+            cells, counts = torch.unique(first, return_counts=True)
+            if 8 * len(cells) <= len(first):
+                groups = torch.split(first.argsort(), counts.tolist())
+            else:
+                groups = torch.split(groups[0], self.case.workload.queries.width)
+        for group in groups:
+            keys = every if self.mask is None else self.mask[group].any(0).nonzero()[:, 0]
+            scores = self.q.shape[0] * self.q.shape[1] * len(keys)
+            for part in torch.split(group, max(1, _CHUNK[self.case.device] // scores)):
+                with _threads(1 if scores * len(part) < _SMALL else None):
+                    yield self.rows(part, keys, slice(None))
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Run with so many threads; None changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+import tolerance
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -186,6 +187,28 @@ def test_the_sampled_truth_is_the_dense_one(name: str, monkeypatch: pytest.Monke
             if key in ("out", "q", "k", "v"):
                 x = x[-1].flatten(0, 1).transpose(0, 1)[:, truth.queries if key in ("out", "q") else truth.keys]
             torch.testing.assert_close(sample[key], x, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_bounds_are_those_of_the_policy(name: str) -> None:
+    case = Case(small(name), "float32", "cpu")
+    inputs = make_inputs(case)
+    truth, w = verify.Truth(case, inputs), case.workload
+    _, sizes, bound = truth._exact(True)
+    wide = {key: getattr(inputs, key).double() for key in ("q", "k", "v")}
+    terms = [spec.build(*(x.double() for x in x_of)) for spec, x_of in zip(w.terms, inputs.terms, strict=True)]
+    sampled = lambda x, index: x[-1].flatten(0, 1)[index].transpose(0, 1)
+    expected = tolerance.element_bound(*wide.values(), w.pattern, w.factor, torch.float32, terms)
+    torch.testing.assert_close(bound, sampled(expected, truth.queries))
+    wide |= {"grad_out": inputs.grad.double(), "grad_lse": torch.zeros_like(inputs.grad[..., 0].double())}
+    expected = tolerance.gradient_sizes(wide, w.pattern, w.factor, terms)
+    for key, index in (("q", truth.queries), ("k", truth.keys), ("v", truth.keys)):
+        torch.testing.assert_close(sizes[key], sampled(expected[f"grad_{key}"], index))
+    own = [
+        {name: field for field, name in spec.term.tensors.items()}[name] for spec in w.terms for name in spec.tensors
+    ]
+    for key, name in zip(w.term_names, own, strict=True):
+        torch.testing.assert_close(sizes[key], expected[f"grad_{name}"])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
