@@ -139,8 +139,8 @@ struct LaneTerm {
   }
 
   // From the sums by walked index: each lane's out += grad_factor * sum by offset of rel[offset], and the table's
-  // gradient += grad_factor * sum by offset of x_lane. Either may be left out. A lane whose sums are all zero, as those
-  // of a removed key, adds nothing, even if its vector is NaN.
+  // gradient += grad_factor * sum by offset of x_lane. Either may be left out. What a lane does not
+  // see, sums of zero, adds nothing, even if its vector is NaN.
   void spread(const Tile<M>& t, const Acc* rows, Acc* out, bool with_grad) {
     const int64_t n = extent(t), ld = table.ld_rows;
     for (int v = 0; v < t.vectors; ++v) {
@@ -148,15 +148,12 @@ struct LaneTerm {
       int64_t least, most;
       last_index(t, lane, &least, &most);
       const int64_t width = n + most - least, start = first(t) - most;
-      Vec<Acc> size{};
       for (int l = 0; l < W; ++l)
         for (int64_t c = 0; c < width; c += W) store(skewed + l * ld_skewed + c, Vec<Acc>{});
       for (int64_t w = 0; w < n; w += W) {
         Vec<Acc> square[W];
-        for (int64_t i = 0; i < W; ++i) {
+        for (int64_t i = 0; i < W; ++i)
           square[i] = w + i < n ? load(sums + (w + i) * kPanels * L + lane) * grad_factor : Vec<Acc>{};
-          size += square[i] * square[i];
-        }
         transpose(square);
         for (int l = 0; l < W; ++l)
           if (t.active[lane + l]) store(skewed + l * ld_skewed + w + most - index(t)[lane + l], square[l]);
@@ -168,18 +165,23 @@ struct LaneTerm {
         wide_product<Plain<Acc>, true>(ld, skewed + low, {ld_skewed, 1}, W, high - low, table.rows + entry * ld, ld,
                                        out + lane * ld, ld, 1);
       if (!with_grad) continue;
-      bool all = true;
-      for (int l = 0; l < W; ++l) all &= size[l] != 0 || !t.active[lane + l];
-      if (all) {
+      if (finite(rows + lane * ld, W * ld)) {
         wide_product<Plain<Acc>, true>(ld, skewed + low, {1, ld_skewed}, high - low, W, rows + lane * ld, ld,
                                        grad + entry * ld, ld, 1);
         continue;
       }
       for (int l = 0; l < W; ++l)
-        if (size[l] != 0 && t.active[lane + l])
-          wide_product<Plain<Acc>, true>(ld, skewed + l * ld_skewed + low, {1, 1}, high - low, 1,
-                                         rows + (lane + l) * ld, ld, grad + entry * ld, ld, 1);
+        for (int64_t e = low; e < high; ++e) {
+          const Acc sum = skewed[l * ld_skewed + e];
+          for (int64_t c = 0; c < ld && sum != 0; ++c) grad[(entry + e - low) * ld + c] += sum * rows[(lane + l) * ld + c];
+        }
     }
+  }
+
+  static bool finite(const Acc* p, int64_t n) {
+    Vec<Acc> zero{};
+    for (int64_t i = 0; i < n; i += W) zero += load(p + i) - load(p + i);
+    return !any_differs(zero, Vec<Acc>{});
   }
 
   // Add the table's gradient to a share, in the table's own order.
