@@ -166,14 +166,14 @@ struct GradQueries {
     }
     for (int t = 0; t < tile.panels; ++t) s.grad[t].start();
 
-    for (int64_t first = 0; first < tile.box.size(); first += kBlock) {
-      walk.next_block(first);
+    walk.blocks([&] {
       walk.block.offsets(tile.walked_y, tile.walked_x, call.v, s.walked);
       const Staged<M> v = stage<M>(
           Rows<T>{at<T>(call.v, walk.b, walk.kv_head), s.walked, walk.block.n, p.value_dim, call.v.channel},
           Use::kScores, s.values);
       const Rows<T> keys = walk.walked_rows(call.k, walk.kv_head, p.head_dim);
-      const Staged<M> k = M::kPair == 1 ? walk.rows : stage<M>(keys, Use::kSums, s.key_sums);
+      const Staged<M> k =
+          walk.guard(M::kPair == 1 ? walk.rows : stage<M>(keys, Use::kSums, s.key_sums), p.head_dim);
       for (int t = 0; t < tile.panels; ++t) {
         walk.score(t);
         walk.dot(t, v, s.grads + t * panel_elements<M>(p.value_dim), s.grad_weights, Acc(1));
@@ -194,7 +194,7 @@ struct GradQueries {
         s.grad[t].count_block();
       }
       if (walk.bias.summing) walk.bias.flush_block(tile, walk.block);
-    }
+    });
     finish(call, s);
   }
 

@@ -134,15 +134,16 @@ struct GradKeys {
 
     for (int64_t head = kv_head * p.group(); head < (kv_head + 1) * p.group(); ++head) {
       start_head(call, s, head, item);
-      for (int64_t first = 0; first < tile.box.size(); first += kBlock) {
-        walk.next_block(first);
+      walk.blocks([&] {
         const Rows<T> queries = walk.walked_rows(call.q, head, p.head_dim);
-        const Staged<M> q = M::kPair == 1 || !want_k ? walk.rows : stage<M>(queries, Use::kSums, s.query_sums);
+        Staged<M> q = walk.rows, g_sums{};
+        if (want_k)
+          q = walk.guard(M::kPair == 1 ? walk.rows : stage<M>(queries, Use::kSums, s.query_sums), p.head_dim);
         walk.block.offsets(tile.walked_y, tile.walked_x, call.grad_out, s.grad_walked);
         const Rows<T> grads{at<T>(call.grad_out, walk.b, head), s.grad_walked, walk.block.n, p.value_dim,
                             call.grad_out.channel};
         const Staged<M> g = stage<M>(grads, Use::kScores, s.grad_scores);
-        const Staged<M> g_sums = M::kPair == 1 || !want_v ? g : stage<M>(grads, Use::kSums, s.grad_sums);
+        if (want_v) g_sums = walk.guard(M::kPair == 1 ? g : stage<M>(grads, Use::kSums, s.grad_sums), p.value_dim);
         if (s.value[0].on || s.value[1].on) {
           const Staged<Plain<Acc>> plain = stage<Plain<Acc>>(grads, Use::kScores, s.value_rows);
           for (auto& term : s.value)
@@ -170,7 +171,7 @@ struct GradKeys {
         }
         if (walk.bias.summing) walk.bias.flush_block(tile, walk.block);
         if (want_q) add_in_turn(call, s, pair);
-      }
+      });
       finish_tile_head(call, s);
     }
 
@@ -197,9 +198,8 @@ struct GradKeys {
                                 walk.tile.panel_vectors(t) * W, channels, call.k.channel},
                         to);
       for (int64_t c = 0; walk.guarded && c * L < channels; ++c)
-        s.infinite |= any_not_finite<M>(Staged<M>{to + c * (L / M::kPair) * L, {}, {1, L}, 0,
-                                                  ceil_div(walk.tile.panel_vectors(t) * W, M::kPair)},
-                                        L);
+        s.infinite |= any_not_finite<M>(to + c * (L / M::kPair) * L,
+                                        ceil_div(walk.tile.panel_vectors(t) * W, M::kPair) * L);
     }
   }
 
@@ -295,7 +295,7 @@ struct GradKeys {
     const bool last = call.last_part() && (pair.tile + 1) * walk.plan.capacity >= region_keys;
     const int64_t per_head = turns(call);
     int32_t* turn = call.turns + (walk.b * p.heads + walk.head) * per_head +
-                    pair.region * (per_head / walk.plan.regions) + walk.block.first / kBlock;
+                    pair.region * (per_head / walk.plan.regions) + walk.block.first / walk.step;
     await_turn(turn, int32_t(pair.tile));
     const Map& map = Call::running(call.sum_q, call.grad_q);
     walk.block.offsets(tile.walked_y, tile.walked_x, map, s.walked);

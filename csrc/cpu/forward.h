@@ -143,14 +143,13 @@ struct Forward {
     walk.start_tile();
     walk.start_head();
     start(call, pass, s);
-    for (int64_t first = 0; first < tile.box.size(); first += kBlock) {
-      walk.next_block(first);
+    walk.blocks([&] {
       Staged<M> v{};
       Rows<T> source{};
       if (with_values) {
         walk.block.offsets(tile.walked_y, tile.walked_x, call.v, s.walked);
         source = {at<T>(call.v, walk.b, walk.kv_head), s.walked, walk.block.n, value_dim, call.v.channel};
-        v = stage<M>(source, Use::kSums, s.values);
+        v = walk.guard(stage<M>(source, Use::kSums, s.values), value_dim);
       }
       for (int t = 0; t < tile.panels; ++t) {
         walk.score(t);
@@ -168,7 +167,7 @@ struct Forward {
         walk.add(s.out[t], t, v, source, walk.scores, s.weights);
         s.out[t].count_block();
       }
-    }
+    });
     if (with_values)
       finish(call, s);
     else

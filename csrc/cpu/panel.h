@@ -21,6 +21,12 @@ VISATTN_INLINE Vec<Acc> load_some(const T* p, int64_t n) {
     else
       return (VecF)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, p));
   }
+#elif defined(__AVX2__)
+  if constexpr (__is_same(T, float)) return (VecF)_mm256_maskload_ps(p, first_lanes(n));
+  if constexpr (__is_same(T, bf16)) {
+    if (n >= 8)
+      return (VecF)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+  }
 #endif
   Vec<Acc> x{};
   if constexpr (__is_same(T, Acc)) {
@@ -49,6 +55,11 @@ VISATTN_INLINE void store_some(T* p, V x, int64_t n) {
       return;
 #endif
     }
+  }
+#elif defined(__AVX2__)
+  if constexpr (__is_same(T, float)) {
+    _mm256_maskstore_ps(p, first_lanes(n), (__m256)x);
+    return;
   }
 #endif
   for (int64_t i = 0; i < n && i < kLanes<Acc>; ++i) narrow(x[i], p + i);

@@ -23,6 +23,7 @@ struct Walk {
   Tile<M> tile;
   Block<Acc> block;
   int64_t from[kMaxVectors], to[kMaxVectors];  // rows of the block that each vector walks
+  int64_t step;                                // positions of a block: all blocks of a box are of one size
 
   Elem *panel, *staged;
   Staged<M> rows;  // the walked side of the scores
@@ -133,9 +134,20 @@ struct Walk {
     return {at<T>(map, b, h), walked, block.n, channels, map.channel};
   }
 
-  // Stage the block that starts at `first`, a multiple of kBlock.
+  // Call f() for the blocks of the tile's box.
+  template <class F>
+  VISATTN_INLINE void blocks(F f) {
+    const int64_t size = tile.box.size(), n = ceil_div(size, kBlock);
+    step = n > 0 ? (ceil_div(size, n) + 1) / 2 * 2 : kBlock;  // pairs of positions stay in one block
+    for (int64_t first = 0; first < size; first += step) {
+      next_block(first);
+      f();
+    }
+  }
+
+  // Stage the block that starts at `first`.
   void next_block(int64_t first) {
-    block.set(tile.box, first);
+    block.set(tile.box, first, step);
     for (int v = 0; v < tile.vectors; ++v) {
       from[v] = min(max(0, tile.from[v] - first), block.n);
       to[v] = max(from[v], min(tile.to[v] - first, block.n));
@@ -188,10 +200,16 @@ struct Walk {
     });
   }
 
+  // Mark a block that was staged for sums if it holds a NaN or an infinity that some lanes must not see.
+  Staged<M> guard(Staged<M> side, int64_t channels) const {
+    side.infinite = guarded && any_not_finite<M>(side, channels);
+    return side;
+  }
+
   // sum[channel][lane] += sum over rows of weights[r][lane] * walked_r. `source` is what `side` was staged from.
   void add(BlockSum<M>& sum, int t, const Staged<M>& side, const Rows<T>& source, const Acc* weights,
            Elem* packed) const {
-    if (guarded && any_not_finite<M>(side, source.channels)) return add_weighted(sum, t, source, weights);
+    if (side.infinite) return add_weighted(sum, t, source, weights);
     const Elem* right = pack_weights(weights, packed, t);
     stretches(t, [&](int64_t row, int64_t end, int v0, int v1) {
       product<M, true>(v1 - v0, side.data + row / M::kPair * side.sums.k, side.sums, source.channels,

@@ -117,6 +117,14 @@ VISATTN_INLINE V zero_if_infinite(V x) {
   return ((x == inf) | (x == -inf)) ? V{} : x;
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// All ones in the first n lanes (n >= 8: in all).
+VISATTN_INLINE __m256i first_lanes(int64_t n) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n < 8 ? n : 8)), lane);
+}
+#endif
+
 template <class V>
 VISATTN_INLINE bool any_differs(V a, V b) {
   const auto differs = a != b;
@@ -167,6 +175,25 @@ VISATTN_INLINE void transpose(VecF* rows) {
     rows[8 + c] = (VecF)_mm512_shuffle_f32x4(a, b, 0xdd);
     rows[4 + c] = (VecF)_mm512_shuffle_f32x4(d, e, 0x88);
     rows[12 + c] = (VecF)_mm512_shuffle_f32x4(d, e, 0xdd);
+  }
+#elif defined(__AVX2__)
+  __m256 t[8], u[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps((__m256)rows[i], (__m256)rows[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps((__m256)rows[i], (__m256)rows[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      u[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + 2 + j], 0x44);
+      u[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + 2 + j], 0xee);
+    }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    rows[c] = (VecF)_mm256_permute2f128_ps(u[c], u[4 + c], 0x20);
+    rows[4 + c] = (VecF)_mm256_permute2f128_ps(u[c], u[4 + c], 0x31);
   }
 #else
   for (int i = 0; i < kLanes<float>; ++i)

@@ -90,6 +90,7 @@ struct Staged {
   const typename M::Elem* data;
   Strides scores, sums;      // rows are positions; rows are channels
   int64_t scores_k, sums_k;  // length of the products' inner dimension
+  bool infinite = false;     // whether a sum over it must look at weights of zero
 };
 
 // Which of the two products a block is staged for. Plain arithmetic serves both with one copy.
@@ -185,21 +186,31 @@ VISATTN_INLINE Staged<M> stage(const Rows<T>& from, Use use, typename M::Elem* t
   }
 }
 
-// Whether a block that was staged for sums holds a NaN or an infinity.
+// Whether any of n elements is a NaN or an infinity.
+template <class M>
+VISATTN_INLINE bool any_not_finite(const typename M::Elem* p, int64_t n) {
+  if constexpr (M::kPair == 1) {
+    constexpr int W = kLanes<typename M::Acc>;
+    Vec<typename M::Acc> zero{};
+    int64_t i = 0;
+    for (; i + W <= n; i += W) zero += load(p + i) - load(p + i);
+    bool any = any_differs(zero, decltype(zero){});
+    for (; i < n; ++i) any |= !(p[i] - p[i] == 0);
+    return any;
+  } else {
+    uint32_t any = 0;
+    for (int64_t i = 0; i < n; ++i)
+      any |= uint32_t((p[i] & 0x7f80) == 0x7f80) | uint32_t((p[i] & 0x7f800000) == 0x7f800000);
+    return any != 0;
+  }
+}
+
+// The same for a block that was staged for sums.
 template <class M>
 VISATTN_INLINE bool any_not_finite(const Staged<M>& block, int64_t channels) {
-  auto scan = [](const typename M::Elem* p, int64_t n) {
-    bool any = false;
-    for (int64_t i = 0; i < n; ++i)
-      if constexpr (M::kPair == 1)
-        any |= !(p[i] - p[i] == 0);
-      else
-        any |= (p[i] & 0x7f80) == 0x7f80 || (p[i] & 0x7f800000) == 0x7f800000;
-    return any;
-  };
-  if (block.sums.row == 1) return scan(block.data, block.sums_k * channels);
+  if (block.sums.row == 1) return any_not_finite<M>(block.data, block.sums_k * channels);
   bool any = false;
-  for (int64_t c = 0; c < channels; ++c) any |= scan(block.data + c * block.sums.row, block.sums_k);
+  for (int64_t c = 0; c < channels; ++c) any |= any_not_finite<M>(block.data + c * block.sums.row, block.sums_k);
   return any;
 }
 

@@ -109,9 +109,9 @@ struct Block {
   int64_t first, n;
   Index<Acc> y[kBlock], x[kBlock];
 
-  void set(const Box& box, int64_t start) {
+  void set(const Box& box, int64_t start, int64_t most) {
     first = start;
-    n = min(kBlock, box.size() - start);
+    n = min(most, box.size() - start);
     int64_t row = start / box.w, column = start % box.w;
     for (int64_t r = 0; r < n; ++r) {
       y[r] = Index<Acc>(box.y + row);

@@ -53,8 +53,7 @@ struct MapRows {
       walk.start_head();
       load(walk, call.maximum, s.maximum);
       load(walk, call.inverse, s.inverse);
-      for (int64_t first = 0; first < tile.box.size(); first += kBlock) {
-        walk.next_block(first);
+      walk.blocks([&] {
         const Map keys{nullptr, 0, call.problem.keys.w, 1, 0, 0};
         walk.block.offsets(tile.walked_y, tile.walked_x, keys, s.walked);
         for (int t = 0; t < tile.panels; ++t) {
@@ -72,7 +71,7 @@ struct MapRows {
             }
           });
         }
-      }
+      });
     }
   }
 
@@ -142,8 +141,7 @@ struct Received {
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
       walk.set_head(head);
       walk.start_head();
-      for (int64_t first = 0; first < tile.box.size(); first += kBlock) {
-        walk.next_block(first);
+      walk.blocks([&] {
         GradKeys<T>::load_block(walk, call.maximum, s.walked, s.maximum);
         GradKeys<T>::load_block(walk, call.inverse, s.walked, s.inverse);
         for (int t = 0; t < tile.panels; ++t) {
@@ -157,7 +155,7 @@ struct Received {
           });
         }
         if (++blocks % kFlush == 0) flush(s);
-      }
+      });
     }
     flush(s);
     tile.offsets(call.received, walk.offset);
