@@ -92,7 +92,7 @@ struct GradQueries {
     Acc *grad_weights, *lse, *delta, *rows, *grad_rows;
     int64_t* walked;
     LaneTerm<M> value[2];
-    BlockSum<M> grad[kPanels];
+    BlockSums<M> grad;
 
     Scratch(Arena& arena, const Call& call, int threads)
         : walk(arena, call, true, threads, call.partial_size > 0, true),
@@ -108,10 +108,8 @@ struct GradQueries {
                                                                 : 0)),
           walked(arena.take<int64_t>(kBlock)),
           value{walk.lane_term(arena, kValueTerm, 0, true, true), walk.lane_term(arena, kValueTerm, 1, true, true)},
-          grad{{arena, call.problem.head_dim}, {arena, call.problem.head_dim}, {arena, call.problem.head_dim},
-               {arena, call.problem.head_dim}} {}
+          grad(arena, call.problem.head_dim) {}
   };
-  static_assert(kPanels == 4);
 
   static Work plan(const Call& call, int threads) {
     Arena counting{nullptr};
@@ -164,7 +162,7 @@ struct GradQueries {
       if (s.value[axis].on) s.value[axis].read(tile, s.grad_rows), s.value[axis].start_sums(tile);
       if (walk.lane[axis].on) walk.lane[axis].start_sums(tile);
     }
-    for (int t = 0; t < tile.panels; ++t) s.grad[t].start();
+    s.grad.start(tile.panels);
 
     walk.blocks([&] {
       walk.block.offsets(tile.walked_y, tile.walked_x, call.v, s.walked);
@@ -190,9 +188,9 @@ struct GradQueries {
           if (walk.lane[axis].on) walk.sum_lane(walk.lane[axis], t, s.grad_weights);
         }
         if (walk.bias.summing) walk.sum_bias(t, s.grad_weights);
-        walk.add(s.grad[t], t, k, keys, s.grad_weights, s.weights);
-        s.grad[t].count_block();
+        walk.add(s.grad, t, k, keys, s.grad_weights, s.weights);
       }
+      s.grad.count_block(tile.panels);
       if (walk.bias.summing) walk.bias.flush_block(tile, walk.block);
     });
     finish(call, s);
@@ -249,14 +247,15 @@ struct GradQueries {
   }
 
   // The tile's gradient, or the running sum if a part is still to come.
-  static void write(Walker& walk, const Call& call, const Map& sum, const Map& grad, int64_t head, BlockSum<M>* sums,
+  static void write(Walker& walk, const Call& call, const Map& sum, const Map& grad, int64_t head, BlockSums<M>& sums,
                     Acc factor, const Acc* rows, int64_t channels) {
     const bool last = call.last_part();
     const Map& map = last ? grad : Call::running(sum, grad);
     const int64_t ld = padded<Acc>(channels);
     walk.tile.offsets(map, walk.offset);
+    sums.finish(walk.tile.panels);
     for (int t = 0; t < walk.tile.panels; ++t) {
-      const Acc* panel = sums[t].finish();
+      const Acc* panel = sums.result(t);
       walk.vectors_of(t, [&](int at_lane, int lane) {
         const Acc* extra = rows ? rows + lane * ld : nullptr;
         if (last)

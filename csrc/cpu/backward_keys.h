@@ -32,7 +32,7 @@ struct GradKeys {
     Acc *grad_weights, *grad_queries, *lse, *delta, *rows, *value_rows, *key_bias;
     int64_t *walked, *grad_walked;
     WalkTerm<M> value[2];
-    BlockSum<M> grad_k[kPanels], grad_v[kPanels];
+    BlockSums<M> grad_k, grad_v;
     bool infinite;  // whether a resident key holds a NaN or an infinity
 
     Scratch(Arena& arena, const Call& call, Pass pass, int threads)
@@ -56,11 +56,10 @@ struct GradKeys {
           walked(arena.take<int64_t>(kBlock)),
           grad_walked(arena.take<int64_t>(kBlock)),
           value{walk.walk_term(arena, kValueTerm, 0), walk.walk_term(arena, kValueTerm, 1)},
-          grad_k{{arena, p.head_dim}, {arena, p.head_dim}, {arena, p.head_dim}, {arena, p.head_dim}},
-          grad_v{{arena, p.value_dim}, {arena, p.value_dim}, {arena, p.value_dim}, {arena, p.value_dim}},
+          grad_k(arena, p.head_dim),
+          grad_v(arena, p.value_dim),
           infinite(false) {}
   };
-  static_assert(kPanels == 4);
 
   static Work plan(const Call& call, Pass pass, int threads) {
     Arena counting{nullptr};
@@ -128,7 +127,7 @@ struct GradKeys {
     walk.start_tile();
     walk.pack(call.v, kv_head, p.value_dim, s.values);
     if (want_q) pack_key_rows(call, s);
-    for (int t = 0; t < tile.panels; ++t) s.grad_k[t].start(), s.grad_v[t].start();
+    s.grad_k.start(tile.panels), s.grad_v.start(tile.panels);
     const bool has_rows = GradQueries<T>::start_rows(walk, call, call.sum_k, call.grad_k, kv_head,
                                                      walk.lane[0].on || walk.lane[1].on, s.rows);
 
@@ -161,14 +160,12 @@ struct GradKeys {
               differentiate(walk.scores + r * L + at_lane, s.grad_weights + r * L + at_lane, broadcast(s.lse[r]),
                             broadcast(want_scores ? s.delta[r] : Acc(0)), want_scores, walk.guarded);
           });
-          if (want_v) walk.add(s.grad_v[t], t, g_sums, grads, walk.scores, s.weights), s.grad_v[t].count_block();
-          if (want_k) {
-            walk.add(s.grad_k[t], t, q, queries, s.grad_weights, s.weights);
-            s.grad_k[t].count_block();
-          }
+          if (want_v) walk.add(s.grad_v, t, g_sums, grads, walk.scores, s.weights);
+          if (want_k) walk.add(s.grad_k, t, q, queries, s.grad_weights, s.weights);
           sum_terms(call, s, t);
           if (want_q) sum_grad_queries(call, s, t);
         }
+        s.grad_k.count_block(tile.panels), s.grad_v.count_block(tile.panels);
         if (walk.bias.summing) walk.bias.flush_block(tile, walk.block);
         if (want_q) add_in_turn(call, s, pair);
       });

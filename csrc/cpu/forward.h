@@ -46,7 +46,7 @@ struct OnlineSoftmax {
     store(maximum + lane, top);
     const V finite = zero_if_infinite(top);  // -inf - -inf would be NaN
     V l = load(sum + lane), e = load(lost + lane);
-    if (any_differs(top, old)) {
+    if (any_differs(top, old) && any_differs(old, broadcast(kMinusInf))) {
       const V factor = exp2(old - finite);
       l *= factor;
       e *= factor;
@@ -89,7 +89,7 @@ struct Forward {
     Acc *inverse, *rows;
     int64_t *walked;
     LaneTerm<M> term[2];  // RelativeValue
-    BlockSum<M> out[kPanels];
+    BlockSums<M> out;
 
     Scratch(Arena& arena, const Call& call, Pass pass, int threads)
         : walk(arena, call, true, threads, false, false),
@@ -100,8 +100,7 @@ struct Forward {
           rows(arena.take<Acc>(has_term(call, pass) ? kPanels * L * padded<Acc>(call.problem.value_dim) : 0)),
           walked(arena.take<int64_t>(kBlock)),
           term{value_term(arena, call, pass, 0), value_term(arena, call, pass, 1)},
-          out{{arena, out_rows(call, pass)}, {arena, out_rows(call, pass)}, {arena, out_rows(call, pass)},
-              {arena, out_rows(call, pass)}} {}
+          out(arena, out_rows(call, pass)) {}
 
     LaneTerm<M> value_term(Arena& arena, const Call& call, Pass pass, int axis) const {
       const Problem& p = call.problem;
@@ -110,7 +109,6 @@ struct Forward {
               walk.plan.resident_extent(axis)};
     }
   };
-  static_assert(kPanels == 4);
 
   static bool has_term(const Call& call, Pass pass) { return pass == Pass::kForward && call.has_vector(kValueTerm); }
   static int64_t out_rows(const Call& call, Pass pass) { return pass == Pass::kForward ? call.problem.value_dim : 0; }
@@ -156,7 +154,7 @@ struct Forward {
         walk.vectors(t, [&](int at_lane, int lane, int, int64_t row, int64_t end) {
           s.softmax.update(lane, walk.scores + row * L + at_lane, end - row, [&](Vec<Acc> by) {
             if (!with_values) return;
-            s.out[t].each([&](Acc* panel) { rescale(panel + at_lane, L, value_dim, by); });
+            s.out.each(t, [&](Acc* panel) { rescale(panel + at_lane, L, value_dim, by); });
             for (auto& term : s.term)
               if (term.on) rescale(term.sums + lane, kPanels * L, term.extent(tile), by);
           });
@@ -164,9 +162,9 @@ struct Forward {
         if (!with_values) continue;
         for (auto& term : s.term)
           if (term.on) walk.sum_lane(term, t, walk.scores);
-        walk.add(s.out[t], t, v, source, walk.scores, s.weights);
-        s.out[t].count_block();
+        walk.add(s.out, t, v, source, walk.scores, s.weights);
       }
+      if (with_values) s.out.count_block(tile.panels);
     });
     if (with_values)
       finish(call, s);
@@ -186,7 +184,7 @@ struct Forward {
     for (auto& term : s.term)
       if (term.on) term.start_sums(tile);
     if (pass == Pass::kForward)
-      for (int t = 0; t < tile.panels; ++t) s.out[t].start();
+      s.out.start(tile.panels);
     if (call.part == 0) return;
     if (pass == Pass::kForward) {
       const Map& sum = Call::running(call.sum_out, call.out);
@@ -194,7 +192,7 @@ struct Forward {
       for (int t = 0; t < tile.panels; ++t)
         walk.vectors_of(t, [&](int at_lane, int lane) {
           pack_vector<Plain<Acc>>(at<Acc>(sum, walk.b, walk.head), walk.offset + lane, call.problem.value_dim,
-                                  sum.channel, s.out[t].part + at_lane);
+                                  sum.channel, s.out.part(t) + at_lane);
         });
       tile.offsets(call.lse, walk.offset);
       each_active(tile, [&](int l) {
@@ -242,8 +240,9 @@ struct Forward {
     const bool last = call.last_part();
     const Map& map = last ? call.out : Call::running(call.sum_out, call.out);
     tile.offsets(map, walk.offset);
+    s.out.finish(tile.panels);
     for (int t = 0; t < tile.panels; ++t) {
-      const Acc* sums = s.out[t].finish();
+      const Acc* sums = s.out.result(t);
       walk.vectors_of(t, [&](int at_lane, int lane) {
         const Vec<Acc> factor = load(s.inverse + lane);
         const Acc* extra = rows ? rows + lane * ld : nullptr;

@@ -8,6 +8,9 @@
 
 namespace visattn::cpu::VISATTN_ISA {
 
+// The most panels of a tile: 256 lanes of 64-byte vectors, 128 or 64 of narrower ones.
+constexpr int kPanels = kVectorBytes == 64 ? 4 : 8;
+
 // The first n elements (at least 1, at most a vector) at p, widened; zeros after them.
 template <class Acc, class T>
 VISATTN_INLINE Vec<Acc> load_some(const T* p, int64_t n) {
@@ -255,47 +258,49 @@ struct Arena {
   }
 };
 
-// A sum over blocks in two levels: `part` takes kFlush blocks, then joins `total`. Chains of roundings stay short on
-// walks of any length.
+// Sums over blocks for every panel of a tile, in two levels: `part` takes kFlush blocks, then joins `total`. Chains of
+// roundings stay short on walks of any length.
 template <class M>
-struct BlockSum {
+struct BlockSums {
   using Acc = typename M::Acc;
   static constexpr int kFlush = 16, L = kTile<M>;
-  Acc *part, *total;
-  int64_t rows;
-  int64_t blocks;
+  Acc *parts, *totals;  // [panel][row][lane]
+  int64_t rows, blocks;
 
-  BlockSum(Arena& arena, int64_t rows)
-      : part(arena.take<Acc>(rows * L)), total(arena.take<Acc>(rows * L)), rows(rows), blocks(0) {}
+  BlockSums(Arena& arena, int64_t rows)
+      : parts(arena.take<Acc>(kPanels * rows * L)), totals(arena.take<Acc>(kPanels * rows * L)), rows(rows), blocks(0) {}
 
-  void start() {
+  Acc* part(int t) const { return parts + t * rows * L; }
+  Acc* total(int t) const { return totals + t * rows * L; }
+
+  void start(int panels) {
     blocks = 0;
-    for (int64_t i = 0; i < rows * L; ++i) part[i] = 0;
+    for (int64_t i = 0; i < panels * rows * L; i += kLanes<Acc>) store(parts + i, Vec<Acc>{});
   }
 
-  // Call f(panel) for the panels that hold something.
+  // Call f(panel) for the panels that hold something of panel t.
   template <class F>
-  VISATTN_INLINE void each(F f) const {
-    f(part);
-    if (blocks >= kFlush) f(total);
+  VISATTN_INLINE void each(int t, F f) const {
+    f(part(t));
+    if (blocks >= kFlush) f(total(t));
   }
 
   // To be called after each block.
-  void count_block() {
-    if (++blocks % kFlush == 0) flush(blocks == kFlush);
+  void count_block(int panels) {
+    if (++blocks % kFlush == 0) flush(panels, blocks == kFlush);
   }
 
-  const Acc* finish() {
-    if (blocks < kFlush) return part;
-    if (blocks % kFlush != 0) flush(false);
-    return total;
+  // To be called after the last block; `result` then is what was summed.
+  void finish(int panels) {
+    if (blocks >= kFlush && blocks % kFlush != 0) flush(panels, false);
   }
+  const Acc* result(int t) const { return blocks < kFlush ? part(t) : total(t); }
 
-  void flush(bool first) {
+  void flush(int panels, bool first) {
     constexpr int W = kLanes<Acc>;
-    for (int64_t i = 0; i < rows * L; i += W) {
-      store(total + i, first ? load(part + i) : load(total + i) + load(part + i));
-      store(part + i, Vec<Acc>{});
+    for (int64_t i = 0; i < panels * rows * L; i += W) {
+      store(totals + i, first ? load(parts + i) : load(totals + i) + load(parts + i));
+      store(parts + i, Vec<Acc>{});
     }
   }
 };

@@ -290,8 +290,17 @@ struct BiasTerm {
       for (int l = t.lane_of(v), end = l + W; l < end; ++l) f(l);
   }
 
+  // As `entry`, a vector of lanes at a time.
   void fill_row(const Tile<M>& t, int64_t y, int64_t x, Acc* row) const {
-    each_lane(t, [&](int l) { row[l] = table[entry(y - t.y[l], x - t.x[l])]; });
+    const int64_t walked = y * columns + x, middle = (reach_h - 1) * columns + reach_w - 1;
+    for (int v = 0; v < t.vectors; ++v) {
+      const int lane = t.lane_of(v);
+      const auto lanes = load(t.y + lane) * Index<Acc>(columns) + load(t.x + lane);
+      auto e = flip ? lanes + Index<Acc>(middle - walked) : Index<Acc>(middle + walked) - lanes;
+      e = e < 0 ? e - e : e;
+      e = e >= Index<Acc>(size) ? e - e + Index<Acc>(size - 1) : e;
+      store(row + lane, gather(table, e));
+    }
   }
 
   void add_row(const Tile<M>& t, int64_t y, int64_t x, const Acc* row) {

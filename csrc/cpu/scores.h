@@ -207,25 +207,25 @@ struct Walk {
   }
 
   // sum[channel][lane] += sum over rows of weights[r][lane] * walked_r. `source` is what `side` was staged from.
-  void add(BlockSum<M>& sum, int t, const Staged<M>& side, const Rows<T>& source, const Acc* weights,
+  void add(const BlockSums<M>& sum, int t, const Staged<M>& side, const Rows<T>& source, const Acc* weights,
            Elem* packed) const {
     if (side.infinite) return add_weighted(sum, t, source, weights);
     const Elem* right = pack_weights(weights, packed, t);
     stretches(t, [&](int64_t row, int64_t end, int v0, int v1) {
       product<M, true>(v1 - v0, side.data + row / M::kPair * side.sums.k, side.sums, source.channels,
-                       ceil_div(end - row, M::kPair), right + row / M::kPair * L + v0 * W, sum.part + v0 * W, Acc(1));
+                       ceil_div(end - row, M::kPair), right + row / M::kPair * L + v0 * W, sum.part(t) + v0 * W, Acc(1));
     });
   }
 
   // The same where some walked numbers are NaN or infinite: a pair of weight zero adds nothing, whatever they are.
-  void add_weighted(BlockSum<M>& sum, int t, const Rows<T>& source, const Acc* weights) const {
+  void add_weighted(const BlockSums<M>& sum, int t, const Rows<T>& source, const Acc* weights) const {
     stretches(t, [&](int64_t row, int64_t end, int v0, int v1) {
       for (int64_t r = row; r < end; ++r) {
         if (source.offset[r] == kNowhere) continue;
         for (int v = v0; v < v1; ++v) {
           const Vec<Acc> weight = load(weights + r * L + v * W);
           for (int64_t c = 0; c < source.channels; ++c) {
-            Acc* to = sum.part + c * L + v * W;
+            Acc* to = sum.part(t) + c * L + v * W;
             const Vec<Acc> x = broadcast(Acc(widen(source.data[source.offset[r] + c * source.stride])));
             store(to, load(to) + (weight == 0 ? Vec<Acc>{} : weight * x));
           }

@@ -127,6 +127,11 @@ VISATTN_INLINE __m256i first_lanes(int64_t n) {
 
 template <class V>
 VISATTN_INLINE bool any_differs(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(a[0]) == 4) return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NEQ_UQ) != 0;
+#elif defined(__AVX2__)
+  if constexpr (sizeof(a[0]) == 4) return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NEQ_UQ)) != 0;
+#endif
   const auto differs = a != b;
   bool any = false;
   for (unsigned i = 0; i < sizeof(V) / sizeof(a[0]); ++i) any |= differs[i] != 0;
@@ -137,6 +142,8 @@ VISATTN_INLINE bool any_differs(V a, V b) {
 VISATTN_INLINE VecF gather(const float* base, VecI index) {
 #if defined(__AVX512F__)
   return (VecF)_mm512_i32gather_ps((__m512i)index, base, 4);
+#elif defined(__AVX2__)
+  return (VecF)_mm256_i32gather_ps(base, (__m256i)index, 4);
 #else
   VecF x;
   for (int i = 0; i < kLanes<float>; ++i) x[i] = base[index[i]];

@@ -70,6 +70,8 @@ VISATTN_INLINE void widen_run(const T* from, Acc* to, int64_t n) {
     for (; i + 8 <= n; i += 8)
       _mm256_storeu_ps((float*)to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
 #endif
+  if constexpr (__is_same(T, Acc))
+    for (; i + kLanes<Acc> <= n; i += kLanes<Acc>) store(to + i, load(from + i));
   for (; i < n; ++i) to[i] = widen(from[i]);
 }
 

@@ -19,8 +19,6 @@
 
 namespace visattn::cpu::VISATTN_ISA {
 
-constexpr int kPanels = 4;
-
 // What the instruction set's engine runs for a dtype.
 template <class Storage>
 struct Arithmetic {

@@ -97,7 +97,7 @@ struct Received {
   using M = typename Walker::M;
   using Acc = typename M::Acc;
   static constexpr int L = kTile<M>, W = kLanes<Acc>;
-  static constexpr int kFlush = BlockSum<M>::kFlush;
+  static constexpr int kFlush = BlockSums<M>::kFlush;
 
   struct Scratch {
     Walker walk;
