@@ -1,0 +1,55 @@
+"""Builds the C++ that is there for tests alone, once, however many processes of a test run ask for it."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
+
+
+def geometry(csrc: Path = ROOT / "csrc") -> ModuleType:
+    """The module `geometry` of a tree of sources."""
+    binding = csrc / "binding" / "geometry.cpp"
+    return compiled("geometry", binding, [binding, csrc / "pattern.h", csrc / "terms.h"])
+
+
+def compiled(name: str, source: Path, inputs: list[Path]) -> ModuleType:
+    """A pybind11 module, from `build/tests` if it has been built from the same inputs before."""
+    pybind11 = pytest.importorskip("pybind11")
+    compiler = os.environ.get("CXX", "c++")
+    if not shutil.which(compiler):
+        pytest.skip(f"there is no C++ compiler {compiler}")
+    includes = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+    command = [compiler, *FLAGS, *includes]
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    key = hashlib.sha256("\0".join([pybind11.__version__, suffix, *command]).encode())
+    for path in inputs:
+        key.update(path.read_bytes())
+    folder = ROOT / "build" / "tests" / f"{name}-{key.hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{name}{suffix}"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # let go when the file is closed, and when the process dies
+        if not target.exists():
+            part = folder / "part"
+            done = subprocess.run([*command, str(source), "-o", str(part)], capture_output=True, text=True)
+            assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-6000:]}"
+            part.replace(target)  # whole or not at all
+    # Under a name of its own: pybind11 would return the other one of two modules of the same name.
+    spec = importlib.util.spec_from_file_location(f"{folder.name}.{name}", target)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
