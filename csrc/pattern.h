@@ -12,9 +12,9 @@
 //     strided     residues modulo the stride     all of the class
 //     near        residues modulo the dilation   [i - K / 2, i - K / 2 + K), pushed inside, clipped or not
 //
-// A kernel walks, for a box of queries of one pair of classes, the box of keys that `keys_of` gives (or for a box of keys
-// the box of queries that `queries_of` gives), with `member` for the pairs near the edges. Offsets, in units of the
-// pattern's stride, are differences of indices.
+// A kernel walks, for a box of queries of one pair of classes, the box of keys that `keys_of` gives (or for a box of
+// keys the box of queries that `queries_of` gives), with `member` for the pairs near the edges. Offsets, in units of
+// the pattern's stride, are differences of indices.
 #pragma once
 
 #include <cstdint>
@@ -139,7 +139,7 @@ struct Axis {
   VISATTN_HD Line query_line(int64_t c) const { return line(c, queries); }
   VISATTN_HD Line key_line(int64_t c) const { return line(c, keys); }
 
-  // The longest class of queries, and of keys.
+  // The longest class of an axis of the given length, or a little more.
   VISATTN_HD int64_t longest(int64_t length) const {
     switch (kind) {
       case AxisKind::kWhole:

@@ -1,5 +1,5 @@
-// Terms: what is added to scores and values, as pointers and strides, and where an offset's entry lies. Host and device;
-// no torch.
+// Terms: what is added to scores and values, as pointers and strides, and where an offset's entry lies. Host and
+// device; no torch.
 //
 // A relative table has one entry per offset (key minus query) from -(K - 1) to K - 1, where K is the pattern's reach.
 #pragma once

@@ -100,8 +100,16 @@ inline Pattern pattern_of(const Sizes& fields, const Grid& queries, const Grid& 
     fail(std::to_string(kPatternFields) + " integers for the pattern", "pattern", text(fields));
   constexpr int64_t kMost = (int64_t(1) << 31) - 1;
   check_range("kind", fields[0], 0, int64_t(PatternKind::kCrissCross));
-  const Pattern p{PatternKind(fields[0]), fields[1], fields[2], fields[3], fields[4],
-                  fields[5],              fields[6], fields[7], fields[8], fields[9]};
+  const Pattern p{PatternKind(fields[0]),
+                  fields[1],
+                  fields[2],
+                  fields[3],
+                  fields[4],
+                  fields[5],
+                  fields[6],
+                  fields[7],
+                  fields[8],
+                  fields[9]};
   const bool window = p.kind == PatternKind::kWindow, neighborhood = p.kind == PatternKind::kNeighborhood;
   const bool sized = window || neighborhood || p.kind == PatternKind::kGrid;
   const bool row = p.kind == PatternKind::kRow, column = p.kind == PatternKind::kColumn;

@@ -59,8 +59,8 @@ Tensor zeros(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
 constexpr int kTermTensors = 8;
 constexpr int kGradients = 3 + kTermTensors;
 constexpr int kKeyBias = 7;
-const char* const kTermNames[kTermTensors] = {"relative_bias",  "relative_query_h", "relative_query_w",
-                                              "relative_key_h", "relative_key_w",   "relative_value_h",
+const char* const kTermNames[kTermTensors] = {"relative_bias",    "relative_query_h", "relative_query_w",
+                                              "relative_key_h",   "relative_key_w",   "relative_value_h",
                                               "relative_value_w", "key_bias"};
 
 struct Terms {
@@ -221,7 +221,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   call.q = map_of(q), call.k = map_of(k), call.v = map_of(v);
   call.out = map_of(out), call.lse = map_of(lse);
   call.grad_out = map_of(grad_out), call.grad_lse = map_of(grad_lse), call.delta = map_of(delta);
-  if (needs & ~int64_t(4)) run_items(call, Pass::kDelta, plan(call, Pass::kDelta, 1), int(torch::stable::get_num_threads()));
+  if (needs & ~int64_t(4))
+    run_items(call, Pass::kDelta, plan(call, Pass::kDelta, 1), int(torch::stable::get_num_threads()));
 
   // Which pass gives what; a bias table's gradient comes with that of q, since keys outside the map have a part in it.
   const bool together = cpu::together(call), many = parts(p.pattern) > 1, narrow = dtype != sums;
@@ -262,7 +263,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const std::vector<int64_t> heads{3};
     grads[3 + kKeyBias] = torch::stable::to(per_head ? *bias : torch::stable::sum(*bias, heads), dtype);
   }
-  return {grads[0], grads[1], grads[2], grads[3], grads[4], grads[5], grads[6], grads[7], grads[8], grads[9], grads[10]};
+  return {grads[0], grads[1], grads[2], grads[3], grads[4], grads[5],
+          grads[6], grads[7], grads[8], grads[9], grads[10]};
 }
 
 Tensor map(Tensor q, Tensor k, Term relative_bias, Term relative_query_h, Term relative_query_w, Term relative_key_h,

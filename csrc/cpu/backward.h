@@ -6,9 +6,10 @@
 //
 // Keys resident (GradKeys): dV and dK are sums over the walk and stay with the tile, and so do the sums by a key's
 // offsets for RelativeKey. dQ is a sum over tiles. Where a tile sees all queries of its region it adds its share to a
-// running sum in memory, block after block, in the order of the tiles: a counter per block says whose turn it is, so that
-// no two threads add at once and the order of additions, hence every bit, is the same however keys are cut into tiles.
-// Tiles are handed out in their order, so a tile waits only for tiles that are being worked on: there is no deadlock.
+// running sum in memory, block after block, in the order of the tiles: a counter per block says whose turn it is, so
+// that no two threads add at once and the order of additions, hence every bit, is the same however keys are cut into
+// tiles. Tiles are handed out in their order, so a tile waits only for tiles that are being worked on: there is no
+// deadlock.
 //
 // Queries resident (GradQueries), 3 products, for the other patterns and for the terms of a query's offsets:
 // RelativeQuery (dQ += scale * G rel, drel += scale * G^T q, with G the sums of dS by offset) and RelativeValue.
@@ -104,8 +105,8 @@ struct GradQueries {
           lse(arena.take<Acc>(kPanels * L)),
           delta(arena.take<Acc>(kPanels * L)),
           rows(arena.take<Acc>(kPanels * L * padded<Acc>(call.problem.head_dim))),
-          grad_rows(arena.take<Acc>(call.has_vector(kValueTerm) ? kPanels * L * padded<Acc>(call.problem.value_dim)
-                                                                : 0)),
+          grad_rows(
+              arena.take<Acc>(call.has_vector(kValueTerm) ? kPanels * L * padded<Acc>(call.problem.value_dim) : 0)),
           walked(arena.take<int64_t>(kBlock)),
           value{walk.lane_term(arena, kValueTerm, 0, true, true), walk.lane_term(arena, kValueTerm, 1, true, true)},
           grad(arena, call.problem.head_dim) {}
@@ -166,12 +167,11 @@ struct GradQueries {
 
     walk.blocks([&] {
       walk.block.offsets(tile.walked_y, tile.walked_x, call.v, s.walked);
-      const Staged<M> v = stage<M>(
-          Rows<T>{at<T>(call.v, walk.b, walk.kv_head), s.walked, walk.block.n, p.value_dim, call.v.channel},
-          Use::kScores, s.values);
+      const Staged<M> v =
+          stage<M>(Rows<T>{at<T>(call.v, walk.b, walk.kv_head), s.walked, walk.block.n, p.value_dim, call.v.channel},
+                   Use::kScores, s.values);
       const Rows<T> keys = walk.walked_rows(call.k, walk.kv_head, p.head_dim);
-      const Staged<M> k =
-          walk.guard(M::kPair == 1 ? walk.rows : stage<M>(keys, Use::kSums, s.key_sums), p.head_dim);
+      const Staged<M> k = walk.guard(M::kPair == 1 ? walk.rows : stage<M>(keys, Use::kSums, s.key_sums), p.head_dim);
       for (int t = 0; t < tile.panels; ++t) {
         walk.score(t);
         walk.dot(t, v, s.grads + t * panel_elements<M>(p.value_dim), s.grad_weights, Acc(1));
@@ -210,8 +210,8 @@ struct GradQueries {
     const Tile<M>& tile = walk.tile;
     for (auto& term : s.value)
       if (term.on && call.wants_table(term.slot)) term.spread(tile, s.grad_rows, nullptr, true);
-    const bool has_rows = start_rows(walk, call, call.sum_q, call.grad_q, walk.head, walk.lane[0].on || walk.lane[1].on,
-                                     s.rows);
+    const bool has_rows =
+        start_rows(walk, call, call.sum_q, call.grad_q, walk.head, walk.lane[0].on || walk.lane[1].on, s.rows);
     for (auto& term : walk.lane)
       if (term.on) term.spread(tile, walk.lane_rows, s.rows, call.wants_table(term.slot));
     if (call.grad_q.data)

@@ -120,8 +120,7 @@ struct GradKeys {
     const Problem& p = call.problem;
     const bool want_k = call.grad_k.data, want_v = call.grad_v.data;
     const bool want_tables = (walk.lane[0].on && call.wants_table(walk.lane[0].slot)) ||
-                             (walk.lane[1].on && call.wants_table(walk.lane[1].slot)) ||
-                             (walk.bias.summing);
+                             (walk.lane[1].on && call.wants_table(walk.lane[1].slot)) || (walk.bias.summing);
     const bool want_scores = want_q || want_k || want_tables || call.grad_key_bias.data;
     walk.kv_head = kv_head;
     walk.start_tile();
@@ -136,8 +135,7 @@ struct GradKeys {
       walk.blocks([&] {
         const Rows<T> queries = walk.walked_rows(call.q, head, p.head_dim);
         Staged<M> q = walk.rows, g_sums{};
-        if (want_k)
-          q = walk.guard(M::kPair == 1 ? walk.rows : stage<M>(queries, Use::kSums, s.query_sums), p.head_dim);
+        if (want_k) q = walk.guard(M::kPair == 1 ? walk.rows : stage<M>(queries, Use::kSums, s.query_sums), p.head_dim);
         walk.block.offsets(tile.walked_y, tile.walked_x, call.grad_out, s.grad_walked);
         const Rows<T> grads{at<T>(call.grad_out, walk.b, head), s.grad_walked, walk.block.n, p.value_dim,
                             call.grad_out.channel};
@@ -177,8 +175,7 @@ struct GradKeys {
                             has_rows ? s.rows : nullptr, p.head_dim);
     if (want_v) {
       const bool resume = call.part > 0;
-      if (resume)
-        GradQueries<T>::read_rows(walk, Call::running(call.sum_v, call.grad_v), kv_head, p.value_dim, s.rows);
+      if (resume) GradQueries<T>::read_rows(walk, Call::running(call.sum_v, call.grad_v), kv_head, p.value_dim, s.rows);
       GradQueries<T>::write(walk, call, call.sum_v, call.grad_v, kv_head, s.grad_v, Acc(1), resume ? s.rows : nullptr,
                             p.value_dim);
     }
@@ -195,8 +192,8 @@ struct GradKeys {
                                 walk.tile.panel_vectors(t) * W, channels, call.k.channel},
                         to);
       for (int64_t c = 0; walk.guarded && c * L < channels; ++c)
-        s.infinite |= any_not_finite<M>(to + c * (L / M::kPair) * L,
-                                        ceil_div(walk.tile.panel_vectors(t) * W, M::kPair) * L);
+        s.infinite |=
+            any_not_finite<M>(to + c * (L / M::kPair) * L, ceil_div(walk.tile.panel_vectors(t) * W, M::kPair) * L);
     }
   }
 
@@ -233,8 +230,7 @@ struct GradKeys {
     Acc* grad = at_mutable<Acc>(call.grad_key_bias, walk.b, walk.head);
     for (int v = 0; v < walk.tile.vectors; ++v)
       for (int l = walk.tile.lane_of(v), end = l + W; l < end; ++l)
-        if (walk.tile.active[l])
-          grad[walk.offset[l]] = s.key_bias[l] + (call.part > 0 ? grad[walk.offset[l]] : Acc(0));
+        if (walk.tile.active[l]) grad[walk.offset[l]] = s.key_bias[l] + (call.part > 0 ? grad[walk.offset[l]] : Acc(0));
   }
 
   static void load_block(Walker& walk, const Map& map, int64_t* offset, Acc* to) {

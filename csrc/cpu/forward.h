@@ -87,7 +87,7 @@ struct Forward {
     Elem *values, *weights;
     OnlineSoftmax<M> softmax;
     Acc *inverse, *rows;
-    int64_t *walked;
+    int64_t* walked;
     LaneTerm<M> term[2];  // RelativeValue
     BlockSums<M> out;
 
@@ -104,8 +104,15 @@ struct Forward {
 
     LaneTerm<M> value_term(Arena& arena, const Call& call, Pass pass, int axis) const {
       const Problem& p = call.problem;
-      return {arena, has_term(call, pass) && call.vector[kValueTerm][axis].data, false, true, axis,
-              table_slot(kValueTerm, axis), p.reach(axis), p.value_dim, walk.plan.walked_extent(axis),
+      return {arena,
+              has_term(call, pass) && call.vector[kValueTerm][axis].data,
+              false,
+              true,
+              axis,
+              table_slot(kValueTerm, axis),
+              p.reach(axis),
+              p.value_dim,
+              walk.plan.walked_extent(axis),
               walk.plan.resident_extent(axis)};
     }
   };
@@ -183,8 +190,7 @@ struct Forward {
     s.softmax.start();
     for (auto& term : s.term)
       if (term.on) term.start_sums(tile);
-    if (pass == Pass::kForward)
-      s.out.start(tile.panels);
+    if (pass == Pass::kForward) s.out.start(tile.panels);
     if (call.part == 0) return;
     if (pass == Pass::kForward) {
       const Map& sum = Call::running(call.sum_out, call.out);
@@ -202,7 +208,8 @@ struct Forward {
       });
     } else {
       tile.result_offsets(call.maximum, walk.offset);
-      each_active(tile, [&](int l) { s.softmax.maximum[l] = at<Acc>(call.maximum, walk.b, walk.head)[walk.offset[l]]; });
+      each_active(tile,
+                  [&](int l) { s.softmax.maximum[l] = at<Acc>(call.maximum, walk.b, walk.head)[walk.offset[l]]; });
       tile.result_offsets(call.inverse, walk.offset);
       each_active(tile, [&](int l) {
         const Acc inverse = at<Acc>(call.inverse, walk.b, walk.head)[walk.offset[l]];
@@ -247,8 +254,8 @@ struct Forward {
         const Vec<Acc> factor = load(s.inverse + lane);
         const Acc* extra = rows ? rows + lane * ld : nullptr;
         if (last)
-          unpack_vector(sums + at_lane, L, factor, extra, ld, at_mutable<T>(map, walk.b, walk.head),
-                        walk.offset + lane, value_dim, map.channel);
+          unpack_vector(sums + at_lane, L, factor, extra, ld, at_mutable<T>(map, walk.b, walk.head), walk.offset + lane,
+                        value_dim, map.channel);
         else
           unpack_vector(sums + at_lane, L, factor, extra, ld, at_mutable<Acc>(map, walk.b, walk.head),
                         walk.offset + lane, value_dim, map.channel);

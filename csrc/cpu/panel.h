@@ -1,7 +1,7 @@
 // Panels: the resident positions in the lanes of vectors, and sums over walked blocks.
 //
-// A panel is [channel (or pair)][lane], kTile lanes wide. Its positions are read, and results written, vector by vector,
-// wherever they lie: channels innermost go through a transposition in registers.
+// A panel is [channel (or pair)][lane], kTile lanes wide. Its positions are read, and results written, vector by
+// vector, wherever they lie: channels innermost go through a transposition in registers.
 #pragma once
 
 #include "stage.h"
@@ -27,8 +27,7 @@ VISATTN_INLINE Vec<Acc> load_some(const T* p, int64_t n) {
 #elif defined(__AVX2__)
   if constexpr (__is_same(T, float)) return (VecF)_mm256_maskload_ps(p, first_lanes(n));
   if constexpr (__is_same(T, bf16)) {
-    if (n >= 8)
-      return (VecF)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+    if (n >= 8) return (VecF)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
   }
 #endif
   Vec<Acc> x{};
@@ -224,7 +223,8 @@ VISATTN_INLINE void pack_weight_pairs(const float* weights, int64_t from, int64_
 }
 #endif
 
-// A panel of weights [position][lane] as the left factor of a sum over lanes: pairs of neighbouring lanes, zero from `lanes` on.
+// A panel of weights [position][lane] as the left factor of a sum over lanes: pairs of neighbouring lanes, zero from
+// `lanes` on.
 template <class M>
 VISATTN_INLINE const typename M::Elem* pack_weight_rows([[maybe_unused]] const typename M::Acc* weights,
                                                         [[maybe_unused]] int64_t n, [[maybe_unused]] int64_t lanes,
@@ -268,7 +268,10 @@ struct BlockSums {
   int64_t rows, blocks;
 
   BlockSums(Arena& arena, int64_t rows)
-      : parts(arena.take<Acc>(kPanels * rows * L)), totals(arena.take<Acc>(kPanels * rows * L)), rows(rows), blocks(0) {}
+      : parts(arena.take<Acc>(kPanels * rows * L)),
+        totals(arena.take<Acc>(kPanels * rows * L)),
+        rows(rows),
+        blocks(0) {}
 
   Acc* part(int t) const { return parts + t * rows * L; }
   Acc* total(int t) const { return totals + t * rows * L; }

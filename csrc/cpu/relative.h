@@ -5,8 +5,8 @@
 //
 //     LaneTerm   x is resident:  values[walked index][lane], made once per tile; sums over a tile's scores by walked
 //                index are, the other way round, the gradient of those products
-//     WalkTerm   x is walked:    values[walked position][offset], made once per block; a lane finds its own by its index
-//     BiasTerm   no vector:      a table of numbers by both offsets, spread out once as [walked position][lane]
+//     WalkTerm   x is walked:    values[walked position][offset], made once per block; a lane finds its own by its
+//     index BiasTerm   no vector:      a table of numbers by both offsets, spread out once as [walked position][lane]
 //
 // Here an offset is counted as walked minus lane (LaneTerm) or lane minus walked (WalkTerm), so that it grows with what
 // is contiguous; a table whose own offsets, key minus query, run the other way is flipped as it is read.
@@ -28,8 +28,11 @@ struct Vectors {
   Acc *transposed, *rows;  // [channel][entry], zeros past the last; [entry][channel], likewise
 
   Vectors(Arena& arena, bool there, int64_t reach, int64_t channels)
-      : reach(reach), channels(channels), entries(table_entries(reach)),
-        ld_transposed(padded<Acc>(entries) + kTile<Plain<Acc>>), ld_rows(padded<Acc>(channels)),
+      : reach(reach),
+        channels(channels),
+        entries(table_entries(reach)),
+        ld_transposed(padded<Acc>(entries) + kTile<Plain<Acc>>),
+        ld_rows(padded<Acc>(channels)),
         transposed(arena.take<Acc>(there ? channels * ld_transposed : 0)),
         rows(arena.take<Acc>(there ? entries * ld_rows : 0)) {}
 
@@ -90,14 +93,19 @@ struct LaneTerm {
   Acc factor, grad_factor;
   Vectors<Acc> table;
   Acc *values, *sums;  // [walked index][kPanels * L]
-  Acc *grad;           // of the table, [entry][channel]
+  Acc* grad;           // of the table, [entry][channel]
   int64_t ld_skewed;
   Acc* skewed;  // [W][offset]: a vector's rows by offset
 
   // `walked` and `resident`: the longest lines of either side on the axis.
   LaneTerm(Arena& arena, bool on, bool reads, bool sums, int axis, int slot, int64_t reach, int64_t channels,
            int64_t walked, int64_t resident)
-      : on(on), axis(axis), slot(slot), factor(1), grad_factor(1), table(arena, on, reach, channels),
+      : on(on),
+        axis(axis),
+        slot(slot),
+        factor(1),
+        grad_factor(1),
+        table(arena, on, reach, channels),
         values(arena.take<Acc>(on && reads ? walked * kPanels * L : 0)),
         sums(arena.take<Acc>(on && sums ? walked * kPanels * L : 0)),
         grad(arena.take<Acc>(on && sums ? table.entries * table.ld_rows : 0)),
@@ -173,7 +181,8 @@ struct LaneTerm {
       for (int l = 0; l < W; ++l)
         for (int64_t e = low; e < high; ++e) {
           const Acc sum = skewed[l * ld_skewed + e];
-          for (int64_t c = 0; c < ld && sum != 0; ++c) grad[(entry + e - low) * ld + c] += sum * rows[(lane + l) * ld + c];
+          for (int64_t c = 0; c < ld && sum != 0; ++c)
+            grad[(entry + e - low) * ld + c] += sum * rows[(lane + l) * ld + c];
         }
     }
   }
@@ -205,9 +214,13 @@ struct WalkTerm {
   int64_t ld, first;
 
   WalkTerm(Arena& arena, bool on, int axis, int64_t reach, int64_t channels, int64_t walked, int64_t resident)
-      : on(on), axis(axis), factor(1), table(arena, on, reach, channels),
+      : on(on),
+        axis(axis),
+        factor(1),
+        table(arena, on, reach, channels),
         values(arena.take<Acc>(on ? kBlock * (padded<Acc>(walked + resident + W) + L) : 0)),
-        ld(padded<Acc>(walked + resident + W) + L), first(0) {}
+        ld(padded<Acc>(walked + resident + W) + L),
+        first(0) {}
 
   const Index<Acc>* index(const Tile<M>& t) const { return axis ? t.x : t.y; }
 
@@ -258,9 +271,20 @@ struct BiasTerm {
 
   // `rows`: the most walked positions around a tile, by index relative to its first lane.
   BiasTerm(Arena& arena, bool on, bool summing, bool queries, int64_t reach_h, int64_t reach_w, int64_t rows)
-      : on(on), summing(on && summing), reach_h(reach_h), reach_w(reach_w), columns(table_entries(reach_w)),
-        size(table_entries(reach_h) * columns), table(arena.take<Acc>(on ? size : 0)), flip(!queries), filled(false),
-        box{0, 0, 0, 0}, lane_width(0), lane_x(0), lane_count(0), lane_vectors(0) {
+      : on(on),
+        summing(on && summing),
+        reach_h(reach_h),
+        reach_w(reach_w),
+        columns(table_entries(reach_w)),
+        size(table_entries(reach_h) * columns),
+        table(arena.take<Acc>(on ? size : 0)),
+        flip(!queries),
+        filled(false),
+        box{0, 0, 0, 0},
+        lane_width(0),
+        lane_x(0),
+        lane_count(0),
+        lane_vectors(0) {
     whole = rows * kPanels * L * int64_t(sizeof(Acc)) <= kMaxBytes;
     capacity = whole ? rows : kBlock;
     values = arena.take<Acc>(on ? capacity * kPanels * L : 0);

@@ -17,8 +17,8 @@ struct Walk {
   const Call& call;
   const Problem& p;
   Plan<M> plan;
-  bool queries;          // whether queries are resident
-  bool guarded;          // some pairs may be masked: what they hold must not leak
+  bool queries;  // whether queries are resident
+  bool guarded;  // some pairs may be masked: what they hold must not leak
   int64_t b, head, kv_head, loaded;
   Tile<M> tile;
   Block<Acc> block;
@@ -36,8 +36,15 @@ struct Walk {
 
   // `sums`: whether the pass sums gradients of terms.
   Walk(Arena& arena, const Call& call, bool queries, int threads, bool shares, bool sums)
-      : call(call), p(call.problem), plan(call, queries, threads, shares), queries(queries),
-        guarded(plan.near || plan.part.others || call.key_bias.data), b(0), head(-1), kv_head(-1), loaded(-1),
+      : call(call),
+        p(call.problem),
+        plan(call, queries, threads, shares),
+        queries(queries),
+        guarded(plan.near || plan.part.others || call.key_bias.data),
+        b(0),
+        head(-1),
+        kv_head(-1),
+        loaded(-1),
         panel(arena.take<Elem>(kPanels * panel_elements<M>(p.head_dim))),
         staged(arena.take<Elem>(staged_elements<M>(p.head_dim))),
         scores(arena.take<Acc>(kBlock * L)),
@@ -60,13 +67,26 @@ struct Walk {
   VectorTerm walk_side() const { return queries ? kKeyTerm : kQueryTerm; }
 
   LaneTerm<M> lane_term(Arena& arena, VectorTerm term, int axis, bool reads, bool sums) const {
-    return {arena, call.vector[term][axis].data != nullptr, reads, sums, axis, table_slot(term, axis),
-            p.reach(axis), p.channels(term), plan.walked_extent(axis), plan.resident_extent(axis)};
+    return {arena,
+            call.vector[term][axis].data != nullptr,
+            reads,
+            sums,
+            axis,
+            table_slot(term, axis),
+            p.reach(axis),
+            p.channels(term),
+            plan.walked_extent(axis),
+            plan.resident_extent(axis)};
   }
 
   WalkTerm<M> walk_term(Arena& arena, VectorTerm term, int axis) const {
-    return {arena, call.vector[term][axis].data != nullptr, axis, p.reach(axis), p.channels(term),
-            plan.walked_extent(axis), plan.resident_extent(axis)};
+    return {arena,
+            call.vector[term][axis].data != nullptr,
+            axis,
+            p.reach(axis),
+            p.channels(term),
+            plan.walked_extent(axis),
+            plan.resident_extent(axis)};
   }
 
   int64_t bias_rows() const {
@@ -213,7 +233,8 @@ struct Walk {
     const Elem* right = pack_weights(weights, packed, t);
     stretches(t, [&](int64_t row, int64_t end, int v0, int v1) {
       product<M, true>(v1 - v0, side.data + row / M::kPair * side.sums.k, side.sums, source.channels,
-                       ceil_div(end - row, M::kPair), right + row / M::kPair * L + v0 * W, sum.part(t) + v0 * W, Acc(1));
+                       ceil_div(end - row, M::kPair), right + row / M::kPair * L + v0 * W, sum.part(t) + v0 * W,
+                       Acc(1));
     });
   }
 

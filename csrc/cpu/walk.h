@@ -1,5 +1,5 @@
-// What every pass shares: which tile of positions is resident in the lanes of vectors, and in which blocks the positions
-// of the other side are walked.
+// What every pass shares: which tile of positions is resident in the lanes of vectors, and in which blocks the
+// positions of the other side are walked.
 //
 // A pass takes one side as resident (queries in the forward and for the gradient of q, keys for those of k and v) and
 // cuts its positions, region by region of the pattern, into tiles. Sums, maxima and factors of a lane are elementwise
@@ -62,7 +62,7 @@ struct Tile {
   int64_t first_point;
   int64_t count;  // active lanes
   int vectors, panels;
-  int panel_first[kPanels + 1];            // first vector of each panel
+  int panel_first[kPanels + 1];                // first vector of each panel
   int64_t from[kMaxVectors], to[kMaxVectors];  // what each vector walks of the box
   Spread spread_y[kMaxVectors], spread_x[kMaxVectors];
   int64_t origin_y, origin_x;
@@ -137,9 +137,9 @@ struct Plan {
   Part part;
   bool queries;  // whether queries are resident
   bool near;
-  int64_t regions, tiles;      // tiles of the largest region
-  int panel_size;              // vectors of a panel, whatever the number of threads: sums over a panel's lanes depend on it
-  int64_t capacity;            // lanes of a tile, where all pairs of a region are walked
+  int64_t regions, tiles;  // tiles of the largest region
+  int panel_size;          // vectors of a panel, whatever the number of threads: sums over a panel's lanes depend on it
+  int64_t capacity;        // lanes of a tile, where all pairs of a region are walked
   int64_t vector_h, vector_w;  // rectangle of a near vector
   bool piled;                  // near vectors lie on top of each other, else side by side
   int64_t tiles_x;
@@ -148,8 +148,16 @@ struct Plan {
 
   // `shares`: whether gradients of tables are summed per item: then no choice may depend on the number of threads.
   Plan(const Call& call, bool queries, int threads, bool shares)
-      : call(call), part(part_of(call.problem.pattern, call.part, call.problem.queries, call.problem.keys)),
-        queries(queries), near(part.near()), panel_size(kVectors), capacity(0), vector_h(1), vector_w(1), piled(true), tiles_x(1) {
+      : call(call),
+        part(part_of(call.problem.pattern, call.part, call.problem.queries, call.problem.keys)),
+        queries(queries),
+        near(part.near()),
+        panel_size(kVectors),
+        capacity(0),
+        vector_h(1),
+        vector_w(1),
+        piled(true),
+        tiles_x(1) {
     const Problem& p = call.problem;
     if (shares) threads = 8;
     heads = queries ? p.heads : p.kv_heads;
@@ -184,8 +192,8 @@ struct Plan {
   // As many panels as leave every thread a few tiles to balance with, and keep the tables of terms in the cache.
   int64_t panels(int64_t all, int64_t others, int threads) const {
     const int64_t wanted = 4 * int64_t(threads);
-    const int64_t widest = max(part.y.longest(max(part.y.queries, part.y.keys)),
-                               part.x.longest(max(part.x.queries, part.x.keys)));
+    const int64_t widest =
+        max(part.y.longest(max(part.y.queries, part.y.keys)), part.x.longest(max(part.x.queries, part.x.keys)));
     for (int n = kPanels; n > 1; --n)
       if (ceil_div(all, n) * others >= wanted && n * L * widest * int64_t(sizeof(Acc)) <= kMaxLaneTable) return n;
     return 1;
@@ -221,8 +229,8 @@ struct Plan {
     int64_t b, region, tile;
   };
 
-  // Tiles of one region must be taken in their order, and those of one map far apart in time, where they add to the same
-  // sums; near tiles share what they walk with their neighbours.
+  // Tiles of one region must be taken in their order, and those of one map far apart in time, where they add to the
+  // same sums; near tiles share what they walk with their neighbours.
   Pair pair(int64_t i) const {
     const int64_t batch = call.problem.batch;
     if (near) return {i / (regions * tiles), i / tiles % regions, i % tiles};

@@ -61,9 +61,9 @@ struct MapRows {
           walk.vectors(t, [&](int at_lane, int lane, int, int64_t row, int64_t end) {
             for (int64_t r = row; r < end; ++r) {
               if (s.walked[r] == kNowhere) continue;
-              const Vec<Acc> w = weight<Acc>(VISATTN_ISA::load(walk.scores + r * L + at_lane),
-                                             VISATTN_ISA::load(s.maximum + lane), VISATTN_ISA::load(s.inverse + lane),
-                                             walk.guarded);
+              const Vec<Acc> w =
+                  weight<Acc>(VISATTN_ISA::load(walk.scores + r * L + at_lane), VISATTN_ISA::load(s.maximum + lane),
+                              VISATTN_ISA::load(s.inverse + lane), walk.guarded);
               for (int l = 0; l < W; ++l)
                 if (tile.active[lane + l] && (!tile.masked || inside(tile, walk.block, r, lane + l, walk)))
                   (at_mutable<Acc>(call.weights, walk.b, walk.head) +
