@@ -78,3 +78,40 @@ def test_wide_heads_in_the_backward() -> None:
 def test_reading_the_map(what: str) -> None:
     """Two rows or one sum per key of a map of 1 GB."""
     assert peak(what, queries=(128, 128), keys=(128, 128)) < 16 * MB
+
+
+# The same for a workload of the benchmark in fp32: above what is resident once its tensors exist, and above its results.
+WORKLOAD = """
+import sys, torch, visattn_kernels as va
+from benchmarks.cases import Case, make_inputs
+from benchmarks.providers import Bench, find
+from benchmarks.workloads import WORKLOADS
+torch.set_num_threads(2)
+small = torch.zeros(1, 4, 4, 1, 4, requires_grad=True)
+va.attention(small, small, small).sum().backward()
+workload = next(w for w in WORKLOADS if w.name == sys.argv[1])
+case = Case(workload, "float32", "cpu")
+bench = Bench(find("visattn-cpu"), case, "both", make_inputs(case))
+def status(key):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
+def above():
+    before = status("VmRSS")
+    with open("/proc/self/clear_refs", "w") as refs:
+        refs.write("5")
+    bench.once()
+    return status("VmHWM") - before
+results = bench.grad.nbytes + 4 * bench.grad[..., 0].numel() + sum(leaf.nbytes for leaf in bench.leaves)
+print(above() - results)
+"""
+
+LOCAL = ["swin-b-s1", "nat-b-s1", "sasa-s1", "maxvit-grid", "axial-65-row", "axial-65-column", "axial-129-row"]
+LOCAL += ["axial-129-column", "ccnet-97", "sam-h-global", "sam-h-window"]
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_workloads_take_little_above_their_results(name: str) -> None:
+    """Forward and backward within 64 MB of inputs and results: no unfolded, padded, rolled or permuted copy."""
+    command = [sys.executable, "-c", WORKLOAD, name]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert int(result.stdout) < 64 * MB
