@@ -32,10 +32,10 @@ ISA_FLAGS = {
     "avx512": AVX512,
     "avx512_bf16": f"{AVX512} -mavx512bf16",
 }
-EMULATE = "-DVISATTN_EMULATE_AVX512"
+EMULATED = f"{AVX2} -I{ROOT / 'csrc/emulator/avx512'}"
 EMULATED_FLAGS = {
-    "avx512": f"{AVX2} {EMULATE} -I{ROOT / 'csrc/emulator/avx512'}",
-    "avx512_bf16": f"{AVX2} {EMULATE} -DVISATTN_EMULATE_AVX512_BF16 -I{ROOT / 'csrc/emulator/avx512'}",
+    "avx512": EMULATED,
+    "avx512_bf16": f"{EMULATED} -DVISATTN_EMULATE_AVX512_BF16",
 }
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -43,22 +43,23 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 WARNINGS = "-Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -Wno-unknown-warning-option"
 COMMON = f"-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast {WARNINGS}"
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1"
+EMULATE = "-DVISATTN_EMULATE_AVX512 -O1"  # of vectors that it has to take apart, -O3 makes minutes of work
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10's stable ABI
 PYTHON_TARGET = "-DPy_LIMITED_API=0x030a0000"
 
 
-def sources(emulate: bool) -> dict[str, str]:
+def sources(isa_flags: dict[str, str]) -> dict[str, str]:
     """Every source of the extension with its own flags."""
     import torch.utils.cpp_extension as torch_build
 
     includes = " ".join(f"-isystem {path}" for path in torch_build.include_paths())
     binding = f"{TORCH_TARGET} {includes}"
     python = f"{PYTHON_TARGET} -isystem {sysconfig.get_path('include')}"
-    isas = ISA_FLAGS | (EMULATED_FLAGS if emulate else {}) if X86 else {"plain": ""}
+    isas = isa_flags if X86 else {"plain": ""}
     return {
         "csrc/binding/module.cpp": python,
         "csrc/binding/cpu_ops.cpp": binding,
-        "csrc/cpu/dispatch.cpp": EMULATE if emulate else "",
+        "csrc/cpu/dispatch.cpp": "",
         **{f"csrc/cpu/isa_{isa}.cpp": flags for isa, flags in isas.items()},
     }
 
@@ -71,7 +72,8 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
         import torch.utils.cpp_extension as torch_build
 
         sanitize = SANITIZE if os.environ.get("VISATTN_SANITIZE") == "1" else ""
-        emulate = os.environ.get("VISATTN_EMULATE_AVX512") == "1"
+        emulate = EMULATE if os.environ.get("VISATTN_EMULATE_AVX512") == "1" else ""
+        isa_flags = ISA_FLAGS | (EMULATED_FLAGS if emulate else {})
         kind = ("sanitize" if sanitize else "release") + ("-emulate" if emulate else "")
         work = Path(self.build_temp).resolve() / kind
         work.mkdir(parents=True, exist_ok=True)
@@ -82,14 +84,14 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
             "ninja_required_version = 1.5",
             f"cxx = {os.environ.get('CXX', 'c++')}",
             "rule compile",
-            f"  command = $cxx -MD -MF $out.d {COMMON} {sanitize} $flags -c $in -o $out",
+            f"  command = $cxx -MD -MF $out.d {COMMON} {sanitize} {emulate} $flags -c $in -o $out",
             "  deps = gcc",
             "  depfile = $out.d",
             "rule link",
             f"  command = $cxx -shared {sanitize} $in {libraries} -o $out",
         ]
         objects = []
-        for source, flags in sources(emulate).items():
+        for source, flags in sources(isa_flags).items():
             obj = work / (source.replace("/", "_") + ".o")
             objects.append(str(obj))
             lines += [f"build {obj}: compile {ROOT / source}", f"  flags = {flags}"]

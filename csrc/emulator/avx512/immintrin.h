@@ -1,12 +1,13 @@
-// AVX-512 on a CPU without it: the intrinsics that the CPU engine uses and no others, lane by lane in plain C++, so that
-// the engine's AVX-512 paths can be tested anywhere. It shows what they compute and what memory they touch, not how fast.
+// AVX-512 on a CPU without it: the intrinsics that the CPU engine uses and no others, lane by lane in plain C++, so
+// that the engine's AVX-512 paths can be tested anywhere. It shows what they compute and what memory they touch, not
+// how fast.
 //
-// With this folder first on the include path it takes the place of the compiler's <immintrin.h>, which it includes; each
-// intrinsic then becomes a macro. The feature macros are defined here and not on the command line, since the compiler's
-// header would believe them. Each function follows the operation and the table of special cases in Intel's Software
-// Developer's Manual, volume 2, under default MXCSR: round to nearest, denormals kept except where the instruction itself
-// flushes them. tests/test_avx512_emulated.py holds each to values worked out by hand and, on a CPU that has it, to the
-// instruction.
+// With this folder first on the include path it takes the place of the compiler's <immintrin.h>, which it includes;
+// each intrinsic then becomes a macro. The feature macros are defined here and not on the command line, since the
+// compiler's header would believe them. Each function follows the operation and the table of special cases in Intel's
+// Software Developer's Manual, volume 2, under default MXCSR: round to nearest, denormals kept except where the
+// instruction itself flushes them. tests/test_avx512_emulated.py holds each to values worked out by hand and, on a CPU
+// that has it, to the instruction.
 #pragma once
 
 #include_next <immintrin.h>
