@@ -5,6 +5,9 @@ here. Environment variables:
 
     VISATTN_NO_EXT=1      build pure Python: the reference still serves
     VISATTN_SANITIZE=1    build with AddressSanitizer and UndefinedBehaviorSanitizer, for tests
+    VISATTN_EMULATE_AVX512=1
+                          build the AVX-512 engines on csrc/emulator/avx512, plain C++ in place of the instructions, and
+                          offer them on any CPU with AVX2: for tests, and slow
     CXX                   the C++ compiler (g++ or clang++)
 """
 
@@ -21,12 +24,18 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 
-AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c"
+AVX2 = "-mavx2 -mfma -mf16c"
+AVX512 = f"-mavx512f -mavx512bw -mavx512vl -mavx512dq {AVX2}"
 ISA_FLAGS = {
     "plain": "",
-    "avx2": "-mavx2 -mfma -mf16c",
+    "avx2": AVX2,
     "avx512": AVX512,
     "avx512_bf16": f"{AVX512} -mavx512bf16",
+}
+EMULATED = f"{AVX2} -I{ROOT / 'csrc/emulator/avx512'}"
+EMULATED_FLAGS = {
+    "avx512": EMULATED,
+    "avx512_bf16": f"{EMULATED} -DVISATTN_EMULATE_AVX512_BF16",
 }
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -34,18 +43,19 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 WARNINGS = "-Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -Wno-unknown-warning-option"
 COMMON = f"-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast {WARNINGS}"
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1"
+EMULATE = "-DVISATTN_EMULATE_AVX512 -O1"  # of vectors that it has to take apart, -O3 makes minutes of work
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10's stable ABI
 PYTHON_TARGET = "-DPy_LIMITED_API=0x030a0000"
 
 
-def sources() -> dict[str, str]:
+def sources(isa_flags: dict[str, str]) -> dict[str, str]:
     """Every source of the extension with its own flags."""
     import torch.utils.cpp_extension as torch_build
 
     includes = " ".join(f"-isystem {path}" for path in torch_build.include_paths())
     binding = f"{TORCH_TARGET} {includes}"
     python = f"{PYTHON_TARGET} -isystem {sysconfig.get_path('include')}"
-    isas = ISA_FLAGS if X86 else {"plain": ""}
+    isas = isa_flags if X86 else {"plain": ""}
     return {
         "csrc/binding/module.cpp": python,
         "csrc/binding/cpu_ops.cpp": binding,
@@ -62,7 +72,10 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
         import torch.utils.cpp_extension as torch_build
 
         sanitize = SANITIZE if os.environ.get("VISATTN_SANITIZE") == "1" else ""
-        work = Path(self.build_temp).resolve() / ("sanitize" if sanitize else "release")
+        emulate = EMULATE if os.environ.get("VISATTN_EMULATE_AVX512") == "1" else ""
+        isa_flags = ISA_FLAGS | (EMULATED_FLAGS if emulate else {})
+        kind = ("sanitize" if sanitize else "release") + ("-emulate" if emulate else "")
+        work = Path(self.build_temp).resolve() / kind
         work.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -71,14 +84,14 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
             "ninja_required_version = 1.5",
             f"cxx = {os.environ.get('CXX', 'c++')}",
             "rule compile",
-            f"  command = $cxx -MD -MF $out.d {COMMON} {sanitize} $flags -c $in -o $out",
+            f"  command = $cxx -MD -MF $out.d {COMMON} {sanitize} {emulate} $flags -c $in -o $out",
             "  deps = gcc",
             "  depfile = $out.d",
             "rule link",
             f"  command = $cxx -shared {sanitize} $in {libraries} -o $out",
         ]
         objects = []
-        for source, flags in sources().items():
+        for source, flags in sources(isa_flags).items():
             obj = work / (source.replace("/", "_") + ".o")
             objects.append(str(obj))
             lines += [f"build {obj}: compile {ROOT / source}", f"  flags = {flags}"]

@@ -4,38 +4,22 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
+from building import ROOT, copy_source, pytest_on, run
 
 from visattn_kernels.backends import cpu
 
-ROOT = Path(__file__).parent.parent
 needs_engine = pytest.mark.skipif(bool(cpu.unavailable()), reason="; ".join(cpu.unavailable()))
-
-
-def run(*command: str, cwd: Path, **environment: str) -> str:
-    """Run a command; its output, or a failure that shows it."""
-    env = {**os.environ, **environment}
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, f"{command}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
-    return done.stdout
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """A copy of what a build needs, without anything built."""
-    copy = tmp_path / "source"
-    ignore = shutil.ignore_patterns("*.so", "__pycache__")
-    for name in ("csrc", "visattn_kernels"):
-        shutil.copytree(ROOT / name, copy / name, ignore=ignore)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    return copy
+    return copy_source(tmp_path / "source")
 
 
 def test_pure_python_install(source: Path, tmp_path: Path) -> None:
@@ -99,9 +83,8 @@ def test_sanitizers_are_silent(source: Path, tmp_path: Path) -> None:
     assert str(source / "visattn_kernels" / "_C.abi3.so") in maps
     select = "(forward_and_backward or map_and_received) and (float32 or bfloat16)"
     tests = [str(ROOT / "tests" / name) for name in ("test_fuzz.py", "test_cpu_engine.py")]
-    pytest_command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-o", f"pythonpath={source}"]
-    pytest_command += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), *tests]
-    text = run(*pytest_command, "-k", f"fuzz or raw or random or ({select})", cwd=tmp_path, **environment)
+    select = f"fuzz or raw or random or ({select})"
+    text = run(*pytest_on(source), "-x", *tests, "-k", select, cwd=tmp_path, **environment)
     assert re.search(r"\d{3,} passed", text), text
 
 

@@ -311,16 +311,26 @@ struct Walk {
     });
   }
 
-  // scores = the logits of panel t in base 2, -inf for pairs that are not.
-  void score(int t) {
-    dot(t, rows, panel + t * panel_elements<M>(p.head_dim), scores, Acc(p.scale * kLog2E));
+  void add_lanes(int t) {
     for (const auto& term : lane)
       if (term.on) add_lane(term, t, scores);
+  }
+
+  void add_walks(int t) {
     for (const auto& term : walk)
       if (term.on)
         vectors(t, [&](int at_lane, int lane, int v, int64_t row, int64_t end) {
           term.add(tile, block, v, lane, row, end, scores + at_lane);
         });
+  }
+
+  // scores = the logits of panel t in base 2, -inf for pairs that are not.
+  void score(int t) {
+    dot(t, rows, panel + t * panel_elements<M>(p.head_dim), scores, Acc(p.scale * kLog2E));
+    // The queries' terms before the keys', so that a score has the same bits whichever side is resident.
+    if (queries) add_lanes(t);
+    add_walks(t);
+    if (!queries) add_lanes(t);
     if (bias.on)
       vectors(t, [&](int at_lane, int lane, int, int64_t row, int64_t end) {
         for (int64_t r = row; r < end; ++r)

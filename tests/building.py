@@ -1,0 +1,35 @@
+"""Commands and builds, for the tests that need more than this process and the extension in place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command: str, cwd: Path, **environment: str) -> str:
+    """Run a command; its output, or a failure that shows it."""
+    env = {**os.environ, **environment}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+    return done.stdout
+
+
+def copy_source(to: Path) -> Path:
+    """A copy of what a build needs, without anything built."""
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in ("csrc", "visattn_kernels"):
+        shutil.copytree(ROOT / name, to / name, ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, to)
+    return to
+
+
+def pytest_on(source: Path) -> list[str]:
+    """The command that runs this checkout's tests on another copy's package."""
+    config = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
+    return [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", f"pythonpath={source}", *config]
