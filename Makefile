@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT := out
 CPP := $(shell find csrc benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo pictures test lint format bench gpu clean
+.PHONY: build demo pictures test published lint format bench gpu clean
 
 # ninja decides what is out of date, so the build runs every time.
 build: $(VENV)/.installed
@@ -35,6 +35,11 @@ pictures: demo
 
 test: build
 	$(BIN)/python -m pytest -n 2
+
+# Equivalence with the modules of other libraries, which `make test` skips unless they are there.
+published: build
+	$(BIN)/python -m pip install -q -r requirements-published.txt -c requirements.txt
+	$(BIN)/python -m pytest -n 2 tests/test_published.py
 
 lint: build
 	$(BIN)/ruff check .
