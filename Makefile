@@ -25,12 +25,13 @@ demo: build
 	@mkdir -p $(OUT)
 	$(BIN)/visattn attend --output $(OUT)/attend.png
 	$(BIN)/visattn map --at 60,60 --at 120,230 --at 190,60 --output $(OUT)/map.png
-	@echo "Look at $(OUT)/attend.png and $(OUT)/map.png"
+	$(BIN)/visattn patterns --output $(OUT)/patterns.png
+	@echo "Look at $(OUT)/attend.png, $(OUT)/map.png and $(OUT)/patterns.png"
 
 # The pictures of the README: those of the demo, at half size in 256 colours.
 pictures: demo
 	@mkdir -p docs/pictures
-	for name in attend map; do $(BIN)/python -c "from PIL import Image; p = Image.open('$(OUT)/$$name.png').convert('RGB'); \
+	for name in attend map patterns; do $(BIN)/python -c "from PIL import Image; p = Image.open('$(OUT)/$$name.png').convert('RGB'); \
 	  p.reduce(2).quantize(256).save('docs/pictures/$$name.png', optimize=True)"; done
 
 test: build

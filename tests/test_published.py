@@ -121,9 +121,9 @@ def swin(block, backend):
 def negligible(block, x):
     """Whether a weight of exp(-100), relative to the others, is nothing in float64.
 
-    Swin masks by adding -100, so the keys of other windows keep a share of the softmax. Logits differ by less than their
-    range, so a key that is masked has less than exp(range - 100) of the weight of one that is not, and all of them
-    together less than the area of the window times that.
+    Swin masks by adding -100, so the keys of other windows keep a share of the softmax. Logits differ by no more than
+    their range, so a key that is masked has at most exp(range - 100) of the weight of one that is not, and all of them
+    together at most the area of the window times that.
     """
     attn = block.attn
     q, k, _ = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, -1)).unbind(3)
