@@ -110,8 +110,11 @@ def sheet() -> Figure:
     down = -(-len(PANELS) // ACROSS)
     figure = Figure(figsize=(2.9 * ACROSS, 2.35 * down + 0.4))
     figure.subplots_adjust(left=0.01, right=0.99, top=0.95, bottom=0.055, wspace=0.04, hspace=0.16)
-    for panel, place in zip(PANELS, figure.subplots(down, ACROSS, squeeze=False).flat, strict=False):
+    places = figure.subplots(down, ACROSS, squeeze=False).flatten()
+    for panel, place in zip(PANELS, places, strict=False):
         _draw(panel, place)
+    for place in places[len(PANELS) :]:
+        place.remove()
     note = 'A dot is a query, its colour the keys that it sees. Outside the frame, border="zero" has keys of zeros.'
     figure.text(0.5, 0.018, note, ha="center", fontsize=11, color="0.35")
     return figure
