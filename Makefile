@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT := out
 CPP := $(shell find csrc benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo pictures test lint format bench gpu clean
+.PHONY: build demo pictures test published lint format bench gpu clean
 
 # ninja decides what is out of date, so the build runs every time.
 build: $(VENV)/.installed
@@ -25,16 +25,22 @@ demo: build
 	@mkdir -p $(OUT)
 	$(BIN)/visattn attend --output $(OUT)/attend.png
 	$(BIN)/visattn map --at 60,60 --at 120,230 --at 190,60 --output $(OUT)/map.png
-	@echo "Look at $(OUT)/attend.png and $(OUT)/map.png"
+	$(BIN)/visattn patterns --output $(OUT)/patterns.png
+	@echo "Look at $(OUT)/attend.png, $(OUT)/map.png and $(OUT)/patterns.png"
 
 # The pictures of the README: those of the demo, at half size in 256 colours.
 pictures: demo
 	@mkdir -p docs/pictures
-	for name in attend map; do $(BIN)/python -c "from PIL import Image; p = Image.open('$(OUT)/$$name.png').convert('RGB'); \
+	for name in attend map patterns; do $(BIN)/python -c "from PIL import Image; p = Image.open('$(OUT)/$$name.png').convert('RGB'); \
 	  p.reduce(2).quantize(256).save('docs/pictures/$$name.png', optimize=True)"; done
 
 test: build
 	$(BIN)/python -m pytest -n 2
+
+# Equivalence with the modules of other libraries, which `make test` skips unless they are there.
+published: build
+	$(BIN)/python -m pip install -q -r requirements-published.txt -c requirements.txt
+	$(BIN)/python -m pytest -n 2 tests/test_published.py
 
 lint: build
 	$(BIN)/ruff check .

@@ -560,7 +560,10 @@ def test_info_needs_no_drawing():
     assert "Backends" in done.stdout
 
 
-@pytest.mark.parametrize(("library", "arguments"), [("matplotlib", ("attend",)), ("PIL", ("map", "--at", "1,1"))])
+@pytest.mark.parametrize(
+    ("library", "arguments"),
+    [("matplotlib", ("attend",)), ("matplotlib", ("patterns",)), ("PIL", ("map", "--at", "1,1"))],
+)
 def test_drawing_names_what_is_not_installed(folder, library, arguments):
     done = without([library], *arguments)
     assert done.returncode == 1

@@ -69,10 +69,13 @@ def attention(
         q (Tensor[B, H, W, heads, D]): queries; float64, float32, bfloat16 or float16. Any D >= 1.
         k (Tensor[B, Hk, Wk, kv_heads, D]): keys, same dtype and device; `kv_heads` divides `heads`.
         v (Tensor[B, Hk, Wk, kv_heads, Dv]): values, same dtype and device. Any Dv >= 1.
-        pattern: which keys a query sees.
+        pattern: which keys a query sees: `Global`, `Window`, `Grid`, `Neighborhood`, `Row`, `Column` or `CrissCross`.
+            All but `Global` need grids of one size.
         scale: factor of q·k; None means `1/sqrt(D)`.
         terms: what is added to scores and values: `RelativeBias`, `RelativeQuery`, `RelativeKey`, `RelativeValue`,
-            `KeyBias`, at most one of each.
+            `KeyBias`, at most one of each, in any order. Their tensors have the dtype and device of q and may require
+            grad. Relative tables go by offset, key position minus query position; those of Swin and ViTDet, which
+            go by query minus key, are to be flipped along it.
         backend: "auto", or the name of the backend that must run this; `explain` lists them.
         return_lse: return lse too. It is differentiable, so that `merge` is.
 
@@ -84,16 +87,19 @@ def attention(
         TypeError: an argument is of the wrong Python type.
         ValueError: the pattern or a term does not fit the grids, a term comes twice, or `backend` is no backend's name.
         RuntimeError: tensors disagree in rank, shape, dtype or device, or a forced backend cannot run this.
-        NotImplementedError: something that is not there yet; second derivatives raise it in the backward.
+        NotImplementedError: derivatives that are not there: forward-mode ones, and in the backward second ones. With
+            `backend="reference"` all are.
 
     Memory:
-        out and lse, and scratch memory per thread that grows with D and Dv alone; the backward adds one number per
-        query and head, and for 16-bit inputs one float32 copy of the gradient of q. Never anything of the size of
-        the map, except with `backend="reference"`.
+        out and lse, and scratch memory per thread that grows with D and Dv and, with relative terms, with the pattern's
+        reach. The backward adds one number per query and head (with a key bias, per key and head), for 16-bit inputs
+        one float32 copy of the gradient of q, and for each head at most 32 copies of its relative tables that require
+        grad. `CrissCross` takes twice as many of those, and in 16 bits float32 copies of out and of the gradients of
+        k and v. Never anything of the size of the map, except with `backend="reference"`.
 
     References:
         Vaswani et al., 2017, equation 1; the online softmax of Milakov and Gimelshein, 2018; the tiling and the
-        recomputation in the backward of Dao et al., 2022.
+        recomputation in the backward of Dao et al., 2022. Patterns and terms name their own.
     """
     q, k, v = ops.autocast(tensor(q, "q"), tensor(k, "k"), tensor(v, "v"))
     terms = _autocast(terms, q)
@@ -147,7 +153,7 @@ def attention_map(
         TypeError, RuntimeError: as `attention`.
 
     Memory:
-        The result and scratch memory per thread that grows with D and Dv alone.
+        The result, two numbers per point and head, and scratch memory per thread as `attention` has it.
     """
     q, k = ops.autocast(tensor(q, "q"), tensor(k, "k"))
     terms = _autocast(terms, q)
@@ -219,7 +225,7 @@ def attention_received(
         TypeError, ValueError, RuntimeError: as `attention`.
 
     Memory:
-        The result, one number per query and head, and scratch memory per thread that grows with D and Dv alone.
+        The result, two numbers per query and head, and scratch memory per thread as `attention` has it.
     """
     q, k = ops.autocast(tensor(q, "q"), tensor(k, "k"))
     terms = _autocast(terms, q)

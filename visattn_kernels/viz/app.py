@@ -232,6 +232,16 @@ def attention_map(
     _print(str(target.path), label="wrote")
 
 
+@app.command()
+def patterns(output: OutputOption = Path("patterns.png")) -> None:
+    """Which keys a query sees: a small map for each pattern, drawn from the library's own masks."""
+    target: Target = _drawing("output").check_target(output, None)
+    gallery = _drawing("gallery")
+    with _drawing_status():
+        _write(target, [gallery.sheet()], "Patterns")
+    _print(str(target.path), label="wrote")
+
+
 def _prepare(image: Path | None, output: Path, size: str | None, sample: str | None) -> tuple[Target, Picture]:
     """Check the output and read the picture, all that can fail for want of a file."""
     wanted = None if size is None else _size(size)
