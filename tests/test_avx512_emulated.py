@@ -222,6 +222,17 @@ WHOLE: dict[str, list[tuple[tuple[bytes, ...], int, str, list[int]]]] = {
     "_mm512_unpackhi_ps": [(WORDS, 0, "I", [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])],
     "_mm512_unpacklo_pd": [(LONGS, 0, "Q", [0, 8, 2, 10, 4, 12, 6, 14])],
     "_mm512_unpackhi_pd": [(LONGS, 0, "Q", [1, 9, 3, 11, 5, 13, 7, 15])],
+    "_mm512_cmp_ps_mask": [  # unequal or not comparable; zeros are equal
+        (
+            (
+                struct.pack("16I", *[ONE, ONE, QUIET, ONE, QUIET, 0, MINUS, INF] * 2),
+                struct.pack("16I", *[ONE, TWO, ONE, SIGNALING, QUIET, MINUS, 1, INF] * 2),
+            ),
+            0,
+            "H",
+            [0b0101111001011110],
+        )
+    ],
     "_mm512_shuffle_f32x4": [
         (WORDS, 0x88, "I", [*range(4), *range(8, 12), *range(16, 20), *range(24, 28)]),
         (WORDS, 0xDD, "I", [*range(4, 8), *range(12, 16), *range(20, 24), *range(28, 32)]),
@@ -294,7 +305,7 @@ def test_whole_register(of, name: str) -> None:
             assert got[size:] == b"\xee" * (64 - size)
 
 
-@pytest.mark.parametrize("name", [name for name in WHOLE if "mask" in name])
+@pytest.mark.parametrize("name", [name for name in WHOLE if "mask_" in name or "maskz_" in name])
 def test_lanes_left_out_are_not_touched(of, name: str) -> None:
     """The first lanes at the end of a page, the others on one that may not be touched."""
     width = 2 if "epi16" in name else 4

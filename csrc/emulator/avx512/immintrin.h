@@ -98,6 +98,15 @@ VISATTN_EMULATED __m512d max_pd(__m512d a, __m512d b) {
   return bits_as<__m512d>(x);
 }
 
+template <int kPredicate>
+VISATTN_EMULATED __mmask16 cmp_ps_mask(__m512 a, __m512 b) {
+  static_assert(kPredicate == _CMP_NEQ_UQ, "not equal, or not comparable, alone");
+  const auto x = bits_as<Register<float>>(a), y = bits_as<Register<float>>(b);
+  __mmask16 mask = 0;
+  for (int i = 0; i < 16; ++i) mask = __mmask16(mask | (x.x[i] != y.x[i]) << i);
+  return mask;
+}
+
 template <int kControl>
 VISATTN_EMULATED __m512 roundscale_ps(__m512 a) {
   static_assert(kControl == (_MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), "to nearest integers alone");
@@ -286,6 +295,8 @@ VISATTN_EMULATED __m512i load_si512(const void* p) {
 #define _mm512_max_ps(a, b) ::visattn_emulated::max_ps(a, b)
 #undef _mm512_max_pd
 #define _mm512_max_pd(a, b) ::visattn_emulated::max_pd(a, b)
+#undef _mm512_cmp_ps_mask
+#define _mm512_cmp_ps_mask(a, b, predicate) ::visattn_emulated::cmp_ps_mask<(predicate)>(a, b)
 #undef _mm512_roundscale_ps
 #define _mm512_roundscale_ps(a, control) ::visattn_emulated::roundscale_ps<(control)>(a)
 #undef _mm512_reduce_ps

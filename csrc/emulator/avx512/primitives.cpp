@@ -35,6 +35,7 @@ constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 
 PRIMITIVE(_mm512_max_ps, put(out, _mm512_max_ps(F(a), F(b))))
 PRIMITIVE(_mm512_max_pd, put(out, _mm512_max_pd(D(a), D(b))))
+PRIMITIVE(_mm512_cmp_ps_mask, put(out, _mm512_cmp_ps_mask(F(a), F(b), _CMP_NEQ_UQ)))
 PRIMITIVE(_mm512_roundscale_ps, put(out, _mm512_roundscale_ps(F(a), kNearest)))
 PRIMITIVE(_mm512_reduce_ps, put(out, _mm512_reduce_ps(F(a), kNearest)))
 PRIMITIVE(_mm512_scalef_ps, put(out, _mm512_scalef_ps(F(a), F(b))))
