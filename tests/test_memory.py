@@ -80,7 +80,7 @@ def test_reading_the_map(what: str) -> None:
     assert peak(what, queries=(128, 128), keys=(128, 128)) < 16 * MB
 
 
-# The same for a workload of the benchmark in fp32: above what is resident once its tensors exist, and above its results.
+# The same for a workload of the benchmark in fp32, above its tensors and its results.
 WORKLOAD = """
 import sys, torch, visattn_kernels as va
 from benchmarks.cases import Case, make_inputs
