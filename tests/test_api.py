@@ -126,6 +126,7 @@ BAD = [
         for pattern in (WINDOW, va.Grid(2), va.Neighborhood(1), va.Row(), va.Column(), va.CrissCross())
     ),
     ("window", lambda q, k, v: va.Window(0), ValueError, "window_size of at least 1.*window_size=0"),
+    ("huge", lambda q, k, v: va.Window((2**31, 1)), ValueError, "window_size of at most 2147483647.*2147483648, 1"),
     ("window", lambda q, k, v: va.Window((2, -1)), ValueError, r"window_size=\(2, -1\)"),
     ("window", lambda q, k, v: va.Window(2.0), TypeError, "an integer or a pair.*window_size=2.0"),
     ("window", lambda q, k, v: va.Window(True), TypeError, "window_size=True"),
@@ -151,6 +152,7 @@ BAD = [
     ("kernel too large", attend(va.Neighborhood(2, 2)), ValueError, "height.*dilation=2 .*kernel_size <= 1, or"),
     ("kernel too large", attend(va.Neighborhood(2, (1, 5), is_causal=True)), ValueError, "width.*dilation <= 4, or"),
     ("span", lambda q, k, v: va.Row(2), ValueError, "odd.*span=2"),
+    ("huge span", lambda q, k, v: va.Row(2**31 + 1), ValueError, "odd.*span=2147483649"),
     ("span", lambda q, k, v: va.Column(-1), ValueError, "span=-1"),
     ("span", lambda q, k, v: va.Row(True), TypeError, "span=True"),
     ("span", lambda q, k, v: va.Column(3.0), TypeError, "span=3.0"),

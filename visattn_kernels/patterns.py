@@ -36,6 +36,9 @@ PATTERN_KINDS = ("Global", "Window", "Grid", "Neighborhood", "Row", "Column", "C
 BORDERS = ("shift", "mask", "zero")
 """What a neighborhood does at the border, by its number in the encoding."""
 
+MOST = 2**31 - 1
+"""The largest number of a pattern, so that no product of two leaves 64 bits; as in csrc/binding/check.h."""
+
 AXES = ("height", "width")
 """The axes of a map, in order."""
 
@@ -139,7 +142,7 @@ def one_size(queries: Size, keys: Size, what: object) -> None:
 
 
 def _pair(value: object, argument: str, least: int) -> Pair:
-    """An integer, for both axes, or a pair of them (h, w); none below `least`."""
+    """An integer, for both axes, or a pair of them (h, w); none below `least` or above `MOST`."""
     both = value if isinstance(value, (tuple, list)) else (value, value)
     rule = f"{argument} to be an integer or a pair of integers (h, w)"
     if any(isinstance(size, bool) or not isinstance(size, int) for size in both):
@@ -148,6 +151,8 @@ def _pair(value: object, argument: str, least: int) -> Pair:
         raise expected(rule, argument, repr(value), ValueError)
     if min(both) < least:
         raise expected(f"{argument} of at least {least}", argument, repr(value), ValueError)
+    if max(both) > MOST:
+        raise expected(f"{argument} of at most {MOST}", argument, repr(value), ValueError)
     return (both[0], both[1])
 
 
@@ -391,10 +396,10 @@ def _span(value: object) -> None:
     """Check the span of `Row` and `Column`."""
     if value is None:
         return
-    rule = "span to be an odd integer of at least 1, or None for the whole axis"
+    rule = f"span to be an odd integer from 1 to {MOST}, or None for the whole axis"
     if isinstance(value, bool) or not isinstance(value, int):
         raise expected(rule, "span", repr(value), TypeError)
-    if value < 1 or value % 2 == 0:
+    if not 1 <= value <= MOST or value % 2 == 0:
         raise expected(rule, "span", value, ValueError)
 
 
