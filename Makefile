@@ -35,7 +35,7 @@ pictures: demo
 	  p.reduce(2).quantize(256).save('docs/pictures/$$name.png', optimize=True)"; done
 
 test: build
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Equivalence with the modules of other libraries, which `make test` skips unless they are there.
 published: build

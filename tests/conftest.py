@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
+
+# Two workers with two threads each share two cores: a thread that spins while it waits would take another's core. To be
+# set before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
