@@ -412,18 +412,25 @@ def _local_table() -> list[Case]:
         for terms in ((), everything)
     ]
     # removed keys, so many that some queries see none
-    gone = (TermCase("KeyBias", removed=0.8), TermCase("RelativeValue"))
-    cases += [_local(pattern, (3, 5), terms=gone) for pattern in (GLOBAL, window, Row(3), CrissCross())]
+    cases += [_local(pattern, (3, 5), terms=_GONE) for pattern in (GLOBAL, window, Row(3), CrissCross())]
     return cases
 
 
+_GONE = (TermCase("KeyBias", removed=0.8), TermCase("RelativeValue"))
+
+
 def _all() -> list[Case]:
-    """The table in every dtype; of the cells, 16-bit dtypes have those with no term and with all."""
+    """The table in every dtype; of the cells, 16-bit dtypes have those with no term and with all.
+
+    With one key left for all queries, the gradient of k in 16 bits is little but the rounding of out, which delta
+    inherits and the tolerance policy has no room for: that case is left to float32 and float64.
+    """
     cases = []
     for dtype in DTYPES:
         wide = dtype in (torch.float64, torch.float32)
         cells = [case for case in _cells() if wide or len(case.terms) in (0, len(TERM_CASES))]
-        cases += [replace(case, dtype=dtype) for case in (*_table(), *cells, *_local_table())]
+        local = [case for case in _local_table() if wide or case.pattern != GLOBAL or case.terms != _GONE]
+        cases += [replace(case, dtype=dtype) for case in (*_table(), *cells, *local)]
     return cases
 
 
