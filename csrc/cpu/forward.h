@@ -47,7 +47,7 @@ struct OnlineSoftmax {
     const V finite = zero_if_infinite(top);  // -inf - -inf would be NaN
     V l = load(sum + lane), e = load(lost + lane);
     if (any_differs(top, old) && any_differs(old, broadcast(kMinusInf))) {
-      const V factor = exp2(old - finite);
+      const V factor = old == top ? broadcast(Acc(1)) : exp2(old - finite);  // an infinite maximum stays what it is
       l *= factor;
       e *= factor;
       rescale(factor);
