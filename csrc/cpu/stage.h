@@ -18,6 +18,9 @@ constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 // The offset of a position that no tensor has: it is staged as zeros. (A key outside the map, or a lane left over.)
 constexpr int64_t kNowhere = -(int64_t(1) << 62);
 
+// The offset to form a pointer with, which must be one of the tensor even if it is not read.
+constexpr int64_t somewhere(int64_t offset) { return offset == kNowhere ? 0 : offset; }
+
 // A block's source: positions by offset, channels by stride.
 template <class T>
 struct Rows {
@@ -122,7 +125,7 @@ VISATTN_INLINE Staged<M> stage(const Rows<T>& from, Use use, typename M::Elem* t
       return {to, {channels, 1}, {1, channels}, channels, n};
     }
     for (int64_t r = 0; r < n; ++r) {  // [position][channel]
-      const T* row = from.data + from.offset[r];
+      const T* row = from.data + somewhere(from.offset[r]);
       if (from.offset[r] == kNowhere)
         for (int64_t c = 0; c < channels; ++c) to[r * channels + c] = 0;
       else if (stride == 1)
@@ -138,7 +141,7 @@ VISATTN_INLINE Staged<M> stage(const Rows<T>& from, Use use, typename M::Elem* t
       if (from.positions_innermost()) {  // [channel / 2][position][2]
         for (int64_t c = 0; c < 2 * pairs; ++c)
           for_runs(from.offset, n, [&](int64_t i, int64_t count) {
-            const T* row = from.data + from.offset[i] + c * stride;
+            const T* row = from.data + somewhere(from.offset[i]) + c * stride;
             uint16_t* target = half + ((c / 2) * kBlock + i) * 2 + c % 2;
             const bool there = c < channels && from.offset[i] != kNowhere;
             for (int64_t j = 0; j < count; ++j) target[2 * j] = there ? row[j].bits : 0;
@@ -146,7 +149,7 @@ VISATTN_INLINE Staged<M> stage(const Rows<T>& from, Use use, typename M::Elem* t
         return {to, {1, kBlock}, {}, pairs, 0};
       }
       for (int64_t r = 0; r < n; ++r) {  // [position][channel]
-        const T* row = from.data + from.offset[r];
+        const T* row = from.data + somewhere(from.offset[r]);
         uint16_t* target = half + r * 2 * pairs;
         if (from.offset[r] == kNowhere)
           for (int64_t c = 0; c < channels; ++c) target[c] = 0;
