@@ -13,6 +13,7 @@ from tolerance import check
 import visattn_kernels as va
 from visattn_kernels import reference
 from visattn_kernels.backends import cpu
+from visattn_kernels.terms import TERM_TENSORS
 
 pytestmark = pytest.mark.skipif(bool(cpu.unavailable()), reason="; ".join(cpu.unavailable()))
 
@@ -147,7 +148,7 @@ def test_nan_and_inf_reach_what_they_reach_in_the_reference(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("where", ["q", "k", "v", "grad_out"])
+@pytest.mark.parametrize("where", ["q", "k", "v", "grad_out", *TERM_TENSORS[:-1]])
 @pytest.mark.parametrize("pattern", [pattern for pattern, grid in PATTERNS if grid == (7, 11)], ids=short)
 def test_nan_never_leaks(pattern, where: str, dtype: torch.dtype, isa: str) -> None:
     """What a bad number reaches in the reference, and nothing else; forwards, and in every gradient."""
@@ -155,7 +156,10 @@ def test_nan_never_leaks(pattern, where: str, dtype: torch.dtype, isa: str) -> N
     tensors = inputs(case)
     tensors["key_bias"][1, 2, 2] = -torch.inf
     tensors["k"][1, 2, 2] = torch.nan  # removed: reaches nothing
-    tensors[where][1, 3, 5, 0, 1] = torch.nan
+    if where in TERM_TENSORS:
+        tensors[where][..., 0, 0] = torch.nan  # the longest offset, which few pairs have, or none
+    else:
+        tensors[where][1, 3, 5, 0, 1] = torch.nan
     results = differentiate(attend(case), tensors, case.wanted)
     call = {"pattern": pattern, "scale": case.true_scale}
 
@@ -164,6 +168,29 @@ def test_nan_never_leaks(pattern, where: str, dtype: torch.dtype, isa: str) -> N
 
     exact = differentiate(formula, {name: x.double() for name, x in tensors.items()}, case.wanted)
     for name, x in results.items():
+        assert torch.equal(x.isnan(), exact[name].isnan()), name
+
+
+@pytest.mark.parametrize("term", ["KeyBias", "RelativeBias"])
+@pytest.mark.parametrize("pattern", [pattern for pattern, grid in PATTERNS if grid == (7, 11)], ids=short)
+def test_infinite_biases_spread_as_in_the_reference(pattern, term: str, isa: str) -> None:
+    case = Case(batch=2, queries=(7, 11), keys=(7, 11), pattern=pattern, terms=(TermCase(term),))
+    tensors = inputs(case)
+    (name,) = case.term_tensors
+    tensors[name][..., tensors[name].shape[-2] // 2, tensors[name].shape[-1] // 2] = torch.inf
+    found, exact = ({}, {})
+    for results, backend in ((found, "cpu"), (exact, "reference")):
+        call = {"pattern": pattern, "scale": case.true_scale, "backend": backend}
+
+        def attend_by(q, k, v, call=call, **extra):
+            return va.attention(q, k, v, terms=case.build_terms(extra), return_lse=True, **call)
+
+        results |= differentiate(attend_by, tensors, case.wanted)
+        q, k, terms = tensors["q"], tensors["k"], case.build_terms(tensors)
+        results["map"] = va.attention_map(q, k, [(3, 5), (0, 0), (6, 2)], terms=terms, **call)
+        results["received"] = va.attention_received(q, k, terms=terms, **call)
+    assert any(x.isnan().any() for x in exact.values())
+    for name, x in found.items():
         assert torch.equal(x.isnan(), exact[name].isnan()), name
 
 

@@ -4,15 +4,16 @@
 //
 //     dV[j] = sum_i P dO_i      dK[j] = scale * sum_i dS q_i      dQ[i] = scale * sum_j dS k_j       5 products
 //
-// Keys resident (GradKeys): dV and dK are sums over the walk and stay with the tile, and so do the sums by a key's
-// offsets for RelativeKey. dQ is a sum over tiles. Where a tile sees all queries of its region it adds its share to a
-// running sum in memory, block after block, in the order of the tiles: a counter per block says whose turn it is, so
-// that no two threads add at once and the order of additions, hence every bit, is the same however keys are cut into
-// tiles. Tiles are handed out in their order, so a tile waits only for tiles that are being worked on: there is no
-// deadlock.
+// Keys resident (GradKeys): dV and dK are sums over the walk and stay with the tile. dQ is a sum over tiles. Where a
+// tile sees all queries of its region it adds its share to a running sum in memory, block after block, in the order of
+// the tiles: a counter per block says whose turn it is, so that no two threads add at once and the order of additions,
+// hence every bit, is the same however keys are cut into tiles. Tiles are handed out in their order, so a tile waits
+// only for tiles that are being worked on: there is no deadlock.
 //
-// Queries resident (GradQueries), 3 products, for the other patterns and for the terms of a query's offsets:
-// RelativeQuery (dQ += scale * G rel, drel += scale * G^T q, with G the sums of dS by offset) and RelativeValue.
+// Elsewhere dQ has a pass of its own, with queries resident (GradQueries), of 3 products.
+//
+// RelativeQuery: dQ += scale * G rel and drel += scale * G^T q, with G the sums of dS by a query's offsets; RelativeKey
+// likewise by a key's. RelativeValue: drel += U^T dO, with U the sums of P.
 //
 // Gradients of tables are summed per item into a share of their own; shares are added in their order afterwards.
 #pragma once
@@ -61,12 +62,13 @@ VISATTN_INLINE Acc lse2(Acc lse) {
 template <class Acc>
 VISATTN_INLINE void differentiate(Acc* score, Acc* grad, Vec<Acc> lse, Vec<Acc> delta, bool want_scores, bool guarded) {
   const Vec<Acc> s = load(score);
+  const auto masked = s == -Acc(__builtin_inf());
   Vec<Acc> weight = exp2(s - lse);
-  if (guarded) weight = s == -Acc(__builtin_inf()) ? Vec<Acc>{} : weight;
+  if (guarded) weight = masked ? Vec<Acc>{} : weight;
   store(score, weight);
   if (!want_scores) return;
   Vec<Acc> ds = weight * (load(grad) - delta);
-  if (guarded) ds = weight == 0 ? Vec<Acc>{} : ds;
+  if (guarded) ds = masked ? Vec<Acc>{} : ds;
   store(grad, ds);
 }
 
@@ -96,7 +98,7 @@ struct GradQueries {
     BlockSums<M> grad;
 
     Scratch(Arena& arena, const Call& call, int threads)
-        : walk(arena, call, true, threads, call.partial_size > 0, true),
+        : walk(arena, call, true, threads, call.partial_size > 0, true, false),
           grads(arena.take<Elem>(kPanels * panel_elements<M>(call.problem.value_dim))),
           key_sums(arena.take<Elem>(staged_elements<M>(call.problem.head_dim))),
           values(arena.take<Elem>(staged_elements<M>(call.problem.value_dim))),
@@ -126,21 +128,17 @@ struct GradQueries {
     for (int axis = 0; axis < 2; ++axis) {
       if (s.value[axis].on) {
         s.value[axis].table.template load<T>(call.vector[kValueTerm][axis], walk.head, false);
-        s.value[axis].start_grad();
+        s.value[axis].table.start_grad();
       }
-      if (walk.lane[axis].on) walk.lane[axis].start_grad();
+      if (walk.lane[axis].on) walk.lane[axis].table.start_grad();
     }
     if (walk.bias.summing) walk.bias.start_grad();
-    const int64_t first = item / walk.plan.heads * walk.plan.chunk;
-    for (int64_t i = first; i < min(first + walk.plan.chunk, walk.plan.pairs); ++i) {
-      const auto pair = walk.plan.pair(i);
-      walk.b = pair.b;
-      if (walk.plan.fill(pair.region, pair.tile, walk.tile)) run_tile(call, s);
-    }
+    walk.tiles(item, [&](const typename Plan<M>::Pair&) { run_tile(call, s); });
     if (!share) return;
     const LaneTerm<M>* terms[] = {&walk.lane[0], &walk.lane[1], &s.value[0], &s.value[1]};
     for (const LaneTerm<M>* term : terms)
-      if (term->on && call.wants_table(term->slot)) term->add_grad(share + call.partial_offset[term->slot], false);
+      if (term->on && call.wants_table(term->slot))
+        term->table.add_grad(share + call.partial_offset[term->slot], false);
     if (walk.bias.summing) {
       walk.bias.flush();
       walk.bias.add_grad(share + call.partial_offset[0]);
@@ -154,8 +152,8 @@ struct GradQueries {
     walk.start_tile();
     walk.start_head();
     walk.pack(call.grad_out, walk.head, p.value_dim, s.grads);
-    load_lanes(walk, call.lse, s.lse);
-    load_lanes(walk, call.delta, s.delta);
+    walk.load_lanes(call.lse, s.lse);
+    walk.load_lanes(call.delta, s.delta);
     for (int v = 0; v < tile.vectors; ++v)
       for (int l = tile.lane_of(v), end = l + W; l < end; ++l) s.lse[l] = lse2(s.lse[l]);
     if (s.value[0].on || s.value[1].on) walk.load_lane_rows(call.grad_out, walk.head, p.value_dim, s.grad_rows);
@@ -194,15 +192,6 @@ struct GradQueries {
       if (walk.bias.summing) walk.bias.flush_block(tile, walk.block);
     });
     finish(call, s);
-  }
-
-  // One number per lane; 0 in lanes that are left over.
-  static void load_lanes(Walker& walk, const Map& map, Acc* to) {
-    walk.tile.offsets(map, walk.offset);
-    const Acc* from = at<Acc>(map, walk.b, walk.head);
-    for (int v = 0; v < walk.tile.vectors; ++v)
-      for (int l = walk.tile.lane_of(v), end = l + W; l < end; ++l)
-        to[l] = walk.offset[l] == kNowhere ? Acc(0) : from[walk.offset[l]];
   }
 
   static void finish(const Call& call, Scratch& s) {

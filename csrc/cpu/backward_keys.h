@@ -39,7 +39,7 @@ struct GradKeys {
         : Scratch(arena, call, call.problem, pass == Pass::kGradTogether, threads) {}
 
     Scratch(Arena& arena, const Call& call, const Problem& p, bool together, int threads)
-        : walk(arena, call, false, threads, call.partial_size > 0, true),
+        : walk(arena, call, false, threads, call.partial_size > 0, true, together),
           values(arena.take<Elem>(kPanels * panel_elements<M>(p.value_dim))),
           key_rows(arena.take<Elem>(together ? kPanels * row_panel_elements<M>(p.head_dim) : 0)),
           query_sums(arena.take<Elem>(staged_elements<M>(p.head_dim))),
@@ -47,15 +47,15 @@ struct GradKeys {
           grad_sums(arena.take<Elem>(staged_elements<M>(p.value_dim))),
           weights(arena.take<Elem>(kBlock / 2 * L)),
           grad_weights(arena.take<Acc>(kBlock * L)),
-          grad_queries(arena.take<Acc>(together ? kPanels * ceil_div(p.head_dim, L) * kBlock * L : 0)),
+          grad_queries(arena.take<Acc>(together ? (kPanels + 1) * queries_panel(p) : 0)),
           lse(arena.take<Acc>(kBlock)),
           delta(arena.take<Acc>(kBlock)),
           rows(arena.take<Acc>(kPanels * L * padded<Acc>(max(p.head_dim, p.value_dim)))),
-          value_rows(arena.take<Acc>(call.has_vector(kValueTerm) ? staged_elements<Plain<Acc>>(p.value_dim) : 0)),
+          value_rows(arena.take<Acc>(call.has_vector(kValueTerm) ? kBlock * padded<Acc>(p.value_dim) : 0)),
           key_bias(arena.take<Acc>(kPanels * L)),
           walked(arena.take<int64_t>(kBlock)),
           grad_walked(arena.take<int64_t>(kBlock)),
-          value{walk.walk_term(arena, kValueTerm, 0), walk.walk_term(arena, kValueTerm, 1)},
+          value{walk.walk_term(arena, kValueTerm, 0, together), walk.walk_term(arena, kValueTerm, 1, together)},
           grad_k(arena, p.head_dim),
           grad_v(arena, p.value_dim),
           infinite(false) {}
@@ -72,13 +72,9 @@ struct GradKeys {
     Walker& walk = s.walk;
     const int64_t group = call.problem.group(), kv_head = item % walk.plan.heads;
     for (int64_t g = 0; g < group; ++g) start_share<Acc>(call, item * group + g);
-    const int64_t first = item / walk.plan.heads * walk.plan.chunk;
-    for (int64_t i = first; i < min(first + walk.plan.chunk, walk.plan.pairs); ++i) {
-      const auto pair = walk.plan.pair(i);
-      walk.b = pair.b;
-      if (walk.plan.fill(pair.region, pair.tile, walk.tile))
-        run_tile(call, pass == Pass::kGradTogether && call.grad_q.data, s, kv_head, item, pair);
-    }
+    walk.tiles(item, [&](const typename Plan<M>::Pair& pair) {
+      run_tile(call, pass == Pass::kGradTogether && call.grad_q.data, s, kv_head, item, pair);
+    });
     if (walk.head >= 0) finish_head(call, s, item);
   }
 
@@ -89,7 +85,9 @@ struct GradKeys {
       walk.set_head(head);
       for (int axis = 0; axis < 2; ++axis) {
         if (s.value[axis].on) s.value[axis].table.template load<T>(call.vector[kValueTerm][axis], head, false);
-        if (walk.lane[axis].on) walk.lane[axis].start_grad();
+        if (walk.lane[axis].on) walk.lane[axis].table.start_grad();
+        if (wants(call, walk.walk[axis])) walk.walk[axis].table.start_grad();
+        if (wants(call, s.value[axis])) s.value[axis].table.start_grad();
       }
       if (walk.bias.summing) walk.bias.start_grad();
     }
@@ -105,8 +103,12 @@ struct GradKeys {
     const int64_t group = call.problem.group();
     Acc* share = (Acc*)call.partials + (item * group + walk.loaded % group) * call.partial_size;
     if (!call.partials) return;
-    for (const auto& term : walk.lane)
-      if (term.on && call.wants_table(term.slot)) term.add_grad(share + call.partial_offset[term.slot], true);
+    for (int axis = 0; axis < 2; ++axis) {
+      const auto add = [&](const auto& term, bool flip) {
+        if (wants(call, term)) term.table.add_grad(share + call.partial_offset[term.slot], flip);
+      };
+      add(walk.lane[axis], true), add(walk.walk[axis], false), add(s.value[axis], false);
+    }
     if (walk.bias.summing) {
       walk.bias.flush();
       walk.bias.add_grad(share + call.partial_offset[0]);
@@ -119,8 +121,8 @@ struct GradKeys {
     const Tile<M>& tile = walk.tile;
     const Problem& p = call.problem;
     const bool want_k = call.grad_k.data, want_v = call.grad_v.data;
-    const bool want_tables = (walk.lane[0].on && call.wants_table(walk.lane[0].slot)) ||
-                             (walk.lane[1].on && call.wants_table(walk.lane[1].slot)) || (walk.bias.summing);
+    const bool want_tables = wants(call, walk.lane[0]) || wants(call, walk.lane[1]) || wants(call, walk.walk[0]) ||
+                             wants(call, walk.walk[1]) || walk.bias.summing;
     const bool want_scores = want_q || want_k || want_tables || call.grad_key_bias.data;
     walk.kv_head = kv_head;
     walk.start_tile();
@@ -142,9 +144,13 @@ struct GradKeys {
         const Staged<M> g = stage<M>(grads, Use::kScores, s.grad_scores);
         if (want_v) g_sums = walk.guard(M::kPair == 1 ? g : stage<M>(grads, Use::kSums, s.grad_sums), p.value_dim);
         if (s.value[0].on || s.value[1].on) {
-          const Staged<Plain<Acc>> plain = stage<Plain<Acc>>(grads, Use::kScores, s.value_rows);
+          load_rows(grads.data, grads.offset, grads.n, grads.channels, grads.stride, s.value_rows);
           for (auto& term : s.value)
-            if (term.on) term.read(tile, walk.block, plain.data, plain.scores);
+            if (term.on) term.read(tile, walk.block, s.value_rows);
+        }
+        for (int axis = 0; axis < 2; ++axis) {
+          if (walk.walk[axis].on && (want_q || wants(call, walk.walk[axis]))) walk.walk[axis].start_sums(walk.block);
+          if (wants(call, s.value[axis])) s.value[axis].start_sums(walk.block);
         }
         load_block(walk, call.lse, s.walked, s.lse);
         for (int64_t r = 0; r < walk.block.n; ++r) s.lse[r] = lse2(s.lse[r]);
@@ -160,14 +166,15 @@ struct GradKeys {
           });
           if (want_v) walk.add(s.grad_v, t, g_sums, grads, walk.scores, s.weights);
           if (want_k) walk.add(s.grad_k, t, q, queries, s.grad_weights, s.weights);
-          sum_terms(call, s, t);
+          sum_terms(call, s, t, want_q, want_scores);
           if (want_q) sum_grad_queries(call, s, t);
         }
+        spread_walks(call, s, want_q);
         s.grad_k.count_block(tile.panels), s.grad_v.count_block(tile.panels);
         if (walk.bias.summing) walk.bias.flush_block(tile, walk.block);
         if (want_q) add_in_turn(call, s, pair);
       });
-      finish_tile_head(call, s);
+      finish_tile_head(call, s, want_scores);
     }
 
     if (want_k)
@@ -208,10 +215,20 @@ struct GradKeys {
         });
   }
 
-  static void sum_terms(const Call& call, Scratch& s, int t) {
+  // Whether the gradient of a term's table is asked of this pass.
+  template <class Term>
+  static bool wants(const Call& call, const Term& term) {
+    return term.on && call.wants_table(term.slot);
+  }
+
+  static void sum_terms(const Call& call, Scratch& s, int t, bool want_q, bool want_scores) {
     Walker& walk = s.walk;
-    for (auto& term : walk.lane)
-      if (term.on) walk.sum_lane(term, t, s.grad_weights);
+    for (int axis = 0; axis < 2; ++axis) {
+      if (walk.lane[axis].on && want_scores) walk.sum_lane(walk.lane[axis], t, s.grad_weights);
+      if (walk.walk[axis].on && (want_q || wants(call, walk.walk[axis])))
+        walk.sum_walk(walk.walk[axis], t, s.grad_weights);
+      if (wants(call, s.value[axis])) walk.sum_walk(s.value[axis], t, walk.scores);
+    }
     if (walk.bias.summing) walk.sum_bias(t, s.grad_weights);
     if (!call.grad_key_bias.data) return;
     walk.vectors(t, [&](int at_lane, int lane, int, int64_t row, int64_t end) {
@@ -221,10 +238,24 @@ struct GradKeys {
     });
   }
 
-  static void finish_tile_head(const Call& call, Scratch& s) {
+  // What a block's sums by offset give: a share of dQ, beside those of the panels, and gradients of tables.
+  static void spread_walks(const Call& call, Scratch& s, bool want_q) {
+    Walker& walk = s.walk;
+    Acc* share = want_q ? s.grad_queries + kPanels * queries_panel(call.problem) : nullptr;
+    if (share && (walk.walk[0].on || walk.walk[1].on))
+      for (int64_t i = 0; i < queries_panel(call.problem); i += W) store(share + i, Vec<Acc>{});
+    for (int axis = 0; axis < 2; ++axis) {
+      auto &of_query = walk.walk[axis], &of_value = s.value[axis];
+      if (of_query.on && (want_q || wants(call, of_query)))
+        of_query.spread(walk.block, walk.walk_rows, share, wants(call, of_query));
+      if (wants(call, of_value)) of_value.spread(walk.block, s.value_rows, nullptr, true);
+    }
+  }
+
+  static void finish_tile_head(const Call& call, Scratch& s, bool want_scores) {
     Walker& walk = s.walk;
     for (auto& term : walk.lane)
-      if (term.on) term.spread(walk.tile, walk.lane_rows, s.rows, call.wants_table(term.slot));
+      if (term.on && want_scores) term.spread(walk.tile, walk.lane_rows, s.rows, call.wants_table(term.slot));
     if (!call.grad_key_bias.data) return;
     walk.tile.offsets(call.grad_key_bias, walk.offset);
     Acc* grad = at_mutable<Acc>(call.grad_key_bias, walk.b, walk.head);
@@ -244,7 +275,9 @@ struct GradKeys {
     return min(tile.panel_vectors(t) * W, tile.count - tile.panel_first[t] * W);
   }
 
-  // The share of panel t in dQ of a block: [panel][channel / L][query][channel % L].
+  // A panel's share in dQ of a block: [channel / L][query][channel % L].
+  static int64_t queries_panel(const Problem& p) { return ceil_div(p.head_dim, L) * kBlock * L; }
+
   static void sum_grad_queries(const Call& call, Scratch& s, int t) {
     Walker& walk = s.walk;
     const int64_t channels = call.problem.head_dim, n = walk.block.n, lanes = panel_lanes(walk.tile, t);
@@ -255,7 +288,7 @@ struct GradKeys {
     for (int64_t c = 0; c * L < channels; ++c) {
       const int vectors = int(ceil_div(min(int64_t(L), channels - c * L), W));
       const Elem* right = rows + c * (L / M::kPair) * L;
-      Acc* sum = s.grad_queries + (t * ceil_div(channels, L) + c) * kBlock * L;
+      Acc* sum = s.grad_queries + t * queries_panel(call.problem) + c * kBlock * L;
       product<M, false>(vectors, grads, strides, n, ceil_div(lanes, M::kPair), right, sum, Acc(1));
     }
   }
@@ -274,7 +307,7 @@ struct GradKeys {
           const T* key = at<T>(call.k, walk.b, walk.kv_head) + walk.offset[t * L + l];
           sum += weight * Acc(widen(key[d * call.k.channel]));
         }
-        s.grad_queries[((t * ceil_div(channels, L) + d / L) * kBlock + r) * L + d % L] = sum;
+        s.grad_queries[t * queries_panel(call.problem) + (d / L * kBlock + r) * L + d % L] = sum;
       }
   }
 
@@ -296,16 +329,17 @@ struct GradKeys {
     Acc* running = at_mutable<Acc>(map, walk.b, walk.head);
     T* grad = at_mutable<T>(call.grad_q, walk.b, walk.head);
     const Acc scale = Acc(p.scale);
-    const int64_t panel = ceil_div(p.head_dim, L) * kBlock * L;
+    const int64_t panel = queries_panel(p);
+    const bool terms = walk.walk[0].on || walk.walk[1].on;
     for (int64_t r = 0; r < walk.block.n; ++r)
       for (int64_t d = 0; d < p.head_dim; d += W) {
         const int64_t n = p.head_dim - d;
         const Acc* share = s.grad_queries + (d / L * kBlock + r) * L + d % L;
-        Vec<Acc> sum = load(share);
-        if (!start) sum = load_some<Acc>(running + s.walked[r] + d, n) + sum;
-        for (int t = 1; t < tile.panels; ++t) sum += load(share + t * panel);
+        Vec<Acc> sum = start ? Vec<Acc>{} : load_some<Acc>(running + s.walked[r] + d, n);
+        for (int t = 0; t < tile.panels; ++t) sum += load(share + t * panel) * scale;
+        if (terms) sum += load(share + kPanels * panel);
         if (last)
-          store_some(grad + s.grad_walked[r] + d, sum * scale, n);
+          store_some(grad + s.grad_walked[r] + d, sum, n);
         else
           store_some(running + s.walked[r] + d, sum, n);
       }

@@ -13,7 +13,7 @@ enum class Pass {
   kStatistics,    // maximum and inverse of the queries, for the two last passes
   kDelta,         // delta_i = out_i · grad_out_i - grad_lse_i; for the first part alone
   kGradQueries,   // grad_q, and shares of the gradients of RelativeBias, RelativeQuery and RelativeValue
-  kGradKeys,      // grad_k and grad_v, and shares of those of RelativeKey and KeyBias
+  kGradKeys,      // grad_k, grad_v and grad_key_bias, and shares of those of RelativeKey
   kGradTogether,  // all of them in one pass, where `together` says so
   kMap,           // weights of the queries `points`
   kReceived,      // column sums of the weights
@@ -35,11 +35,10 @@ struct Engine {
 };
 
 // Whether one pass gives every gradient: with keys resident and queries walked, tile after tile adds to the gradient of
-// q, for which a tile must see all queries of its region; and no sum by a query's offsets may be wanted.
+// q, for which a tile must see all queries of its region.
 VISATTN_HD bool together(const Call& call) {
   const Problem& p = call.problem;
-  return !part_of(p.pattern, call.part, p.queries, p.keys).near() && !call.has_vector(kQueryTerm) &&
-         !call.has_vector(kValueTerm);
+  return !part_of(p.pattern, call.part, p.queries, p.keys).near();
 }
 
 // Counters of turns that kGradTogether needs for one map and head.

@@ -92,7 +92,7 @@ struct Forward {
     BlockSums<M> out;
 
     Scratch(Arena& arena, const Call& call, Pass pass, int threads)
-        : walk(arena, call, true, threads, false, false),
+        : walk(arena, call, true, threads, false, false, false),
           values(arena.take<Elem>(staged_elements<M>(call.problem.value_dim))),
           weights(arena.take<Elem>(kBlock / 2 * L)),
           softmax{arena.take<Acc>(kPanels * L), arena.take<Acc>(kPanels * L), arena.take<Acc>(kPanels * L)},
@@ -132,12 +132,7 @@ struct Forward {
     walk.set_head(item % walk.plan.heads);
     for (auto& term : s.term)
       if (term.on) term.table.template load<T>(call.vector[kValueTerm][term.axis], walk.head, false);
-    const int64_t first = item / walk.plan.heads * walk.plan.chunk;
-    for (int64_t i = first; i < min(first + walk.plan.chunk, walk.plan.pairs); ++i) {
-      const auto pair = walk.plan.pair(i);
-      walk.b = pair.b;
-      if (walk.plan.fill(pair.region, pair.tile, walk.tile)) run_tile(call, pass, s);
-    }
+    walk.tiles(item, [&](const typename Plan<M>::Pair&) { run_tile(call, pass, s); });
   }
 
   static void run_tile(const Call& call, Pass pass, Scratch& s) {
@@ -213,8 +208,7 @@ struct Forward {
       tile.result_offsets(call.inverse, walk.offset);
       each_active(tile, [&](int l) {
         const Acc inverse = at<Acc>(call.inverse, walk.b, walk.head)[walk.offset[l]];
-        s.softmax.sum[l] = inverse == 0 ? Acc(0) : 1 / inverse;
-        if (inverse == 0) s.softmax.maximum[l] = kMinusInf;
+        s.softmax.sum[l] = s.softmax.maximum[l] == -kMinusInf ? -kMinusInf : inverse == 0 ? Acc(0) : 1 / inverse;
       });
     }
   }
@@ -274,8 +268,8 @@ struct Forward {
     const Tile<M>& tile = walk.tile;
     tile.result_offsets(call.maximum, walk.offset);
     each_active(tile, [&](int l) {
-      const Acc m = s.softmax.maximum[l];
-      at_mutable<Acc>(call.maximum, walk.b, walk.head)[walk.offset[l]] = m - m == 0 ? m : Acc(0);
+      const Acc m = s.softmax.maximum[l];  // weights are relative to 0 where it is infinite
+      at_mutable<Acc>(call.maximum, walk.b, walk.head)[walk.offset[l]] = m - m == 0 || !call.last_part() ? m : Acc(0);
     });
     tile.result_offsets(call.inverse, walk.offset);
     each_active(tile, [&](int l) {

@@ -25,7 +25,7 @@ VISATTN_INLINE Vec<Acc> load_some(const T* p, int64_t n) {
       return (VecF)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, p));
   }
 #elif defined(__AVX2__)
-  if constexpr (__is_same(T, float)) return (VecF)_mm256_maskload_ps(p, first_lanes(n));
+  if constexpr (__is_same(T, float)) return n >= 8 ? load(p) : (VecF)_mm256_maskload_ps(p, first_lanes(n));
   if constexpr (__is_same(T, bf16)) {
     if (n >= 8) return (VecF)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
   }
@@ -60,10 +60,15 @@ VISATTN_INLINE void store_some(T* p, V x, int64_t n) {
   }
 #elif defined(__AVX2__)
   if constexpr (__is_same(T, float)) {
-    _mm256_maskstore_ps(p, first_lanes(n), (__m256)x);
-    return;
+    if (n < 8) {
+      _mm256_maskstore_ps(p, first_lanes(n), (__m256)x);
+      return;
+    }
   }
 #endif
+  if constexpr (__is_same(T, Acc)) {
+    if (n >= kLanes<Acc>) return store(p, x);
+  }
   for (int64_t i = 0; i < n && i < kLanes<Acc>; ++i) narrow(x[i], p + i);
 }
 
@@ -110,8 +115,9 @@ VISATTN_INLINE void pack_vector(const T* data, const int64_t* offset, int64_t ch
 #endif
       }
       transpose(square);
-      for (int64_t i = 0; i < W && c + i < rows; ++i)
-        __builtin_memcpy(panel + (c + i) * L, &square[i], sizeof square[i]);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i)
+        if (c + i < rows) __builtin_memcpy(panel + (c + i) * L, &square[i], sizeof square[i]);
     }
     return;
   }
@@ -165,6 +171,7 @@ VISATTN_INLINE void unpack_vector(const Acc* panel, int64_t ld, Vec<Acc> factor,
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) square[i] = c + i < channels ? load(panel + (c + i) * ld) * factor : Vec<Acc>{};
     transpose(square);
+#pragma GCC unroll 16
     for (int l = 0; l < W; ++l) {
       if (offset[l] == kNowhere) continue;
       const Vec<Acc> row = extra ? square[l] + load(extra + l * ld_extra + c) : square[l];

@@ -3,10 +3,11 @@
 // A vector table adds x_i · rel[offset] to a score (or to the weight's gradient, with x the gradient of out). Those
 // products are computed first, O(N K) numbers, and a score only adds two of them. Whose vector it is decides how:
 //
-//     LaneTerm   x is resident:  values[walked index][lane], made once per tile; sums over a tile's scores by walked
-//                index are, the other way round, the gradient of those products
-//     WalkTerm   x is walked:    values[walked position][offset], made once per block; a lane finds its own by its
-//     index BiasTerm   no vector:      a table of numbers by both offsets, spread out once as [walked position][lane]
+//     LaneTerm   x is resident   values[walked index][lane], made once per tile
+//     WalkTerm   x is walked     values[walked position][offset], made once per block; a lane finds its own by its
+//     index BiasTerm   no vector       a table of numbers by both offsets, spread out once as [walked position][lane]
+//
+// Sums over a tile's scores in the same shapes are, the other way round, the gradients of those products.
 //
 // Here an offset is counted as walked minus lane (LaneTerm) or lane minus walked (WalkTerm), so that it grows with what
 // is contiguous; a table whose own offsets, key minus query, run the other way is flipped as it is read.
@@ -26,15 +27,20 @@ template <class Acc>
 struct Vectors {
   int64_t reach, channels, entries, ld_transposed, ld_rows;
   Acc *transposed, *rows;  // [channel][entry], zeros past the last; [entry][channel], likewise
+  Acc* grad;               // of the table, [entry][channel]
+  bool infinite;           // whether the table holds a NaN or an infinity
 
-  Vectors(Arena& arena, bool there, int64_t reach, int64_t channels)
+  // `sums`: whether the table's gradient is summed.
+  Vectors(Arena& arena, bool there, bool sums, int64_t reach, int64_t channels)
       : reach(reach),
         channels(channels),
         entries(table_entries(reach)),
         ld_transposed(padded<Acc>(entries) + kTile<Plain<Acc>>),
         ld_rows(padded<Acc>(channels)),
         transposed(arena.take<Acc>(there ? channels * ld_transposed : 0)),
-        rows(arena.take<Acc>(there ? entries * ld_rows : 0)) {}
+        rows(arena.take<Acc>(there ? entries * ld_rows : 0)),
+        grad(arena.take<Acc>(there && sums ? entries * ld_rows : 0)),
+        infinite(false) {}
 
   template <class T>
   void load(const Table& table, int64_t head, bool flip) {
@@ -48,6 +54,7 @@ struct Vectors {
     }
     for (int64_t c = 0; c < channels; ++c)
       for (int64_t e = entries; e < ld_transposed; ++e) transposed[c * ld_transposed + e] = 0;
+    infinite = any_not_finite<Plain<Acc>>(rows, entries * ld_rows);
   }
 
   // out[r][c] = factor * a_r · rel[first + c] for c < columns, 0 where the table has no such offset.
@@ -61,6 +68,43 @@ struct Vectors {
       for (int64_t c = 0; c < low; ++c) out[r * ld + c] = 0;
       for (int64_t c = high; c < columns; ++c) out[r * ld + c] = 0;
     }
+  }
+
+  void start_grad() {
+    for (int64_t i = 0; i < entries * ld_rows; ++i) grad[i] = 0;
+  }
+
+  // From n rows of sums by offset, the first `first`: out_r += sums_r · rel for `width` channels from `channel` on. A
+  // sum of zero adds nothing, even if the vector of its offset is NaN.
+  void add_rows(const Acc* sums, int64_t ld, int64_t n, int64_t first, int64_t columns, int64_t channel, int64_t width,
+                Acc* out, int64_t ld_out) const {
+    const Acc* rel = rows + (first + reach - 1) * ld_rows + channel;
+    if (!infinite)
+      return wide_product<Plain<Acc>, true>(width, sums, {ld, 1}, n, columns, rel, ld_rows, out, ld_out, 1);
+    for (int64_t r = 0; r < n; ++r)
+      for (int64_t e = 0; e < columns; ++e) {
+        const Acc sum = sums[r * ld + e];
+        for (int64_t c = 0; c < width && sum != 0; ++c) out[r * ld_out + c] += sum * rel[e * ld_rows + c];
+      }
+  }
+
+  // Likewise grad += sums^T x, from rows x_r.
+  void add_products(const Acc* sums, int64_t ld, int64_t n, int64_t first, int64_t columns, const Acc* x) {
+    Acc* to = grad + (first + reach - 1) * ld_rows;
+    if (!any_not_finite<Plain<Acc>>(x, n * ld_rows))
+      return wide_product<Plain<Acc>, true>(ld_rows, sums, {1, ld}, columns, n, x, ld_rows, to, ld_rows, 1);
+    for (int64_t r = 0; r < n; ++r)
+      for (int64_t e = 0; e < columns; ++e) {
+        const Acc sum = sums[r * ld + e];
+        for (int64_t c = 0; c < ld_rows && sum != 0; ++c) to[e * ld_rows + c] += sum * x[r * ld_rows + c];
+      }
+  }
+
+  // Add the gradient to a share, in the table's own order.
+  void add_grad(Acc* share, bool flip) const {
+    for (int64_t e = 0; e < entries; ++e)
+      for (int64_t c = 0; c < channels; ++c)
+        share[(flip ? entries - 1 - e : e) * channels + c] += grad[e * ld_rows + c];
   }
 };
 
@@ -93,7 +137,6 @@ struct LaneTerm {
   Acc factor, grad_factor;
   Vectors<Acc> table;
   Acc *values, *sums;  // [walked index][kPanels * L]
-  Acc* grad;           // of the table, [entry][channel]
   int64_t ld_skewed;
   Acc* skewed;  // [W][offset]: a vector's rows by offset
 
@@ -105,10 +148,9 @@ struct LaneTerm {
         slot(slot),
         factor(1),
         grad_factor(1),
-        table(arena, on, reach, channels),
+        table(arena, on, sums, reach, channels),
         values(arena.take<Acc>(on && reads ? walked * kPanels * L : 0)),
         sums(arena.take<Acc>(on && sums ? walked * kPanels * L : 0)),
-        grad(arena.take<Acc>(on && sums ? table.entries * table.ld_rows : 0)),
         ld_skewed(padded<Acc>(walked + resident + W) + L),
         skewed(arena.take<Acc>(on ? W * ld_skewed : 0)) {}
 
@@ -142,13 +184,8 @@ struct LaneTerm {
     for (int64_t i = 0; i < extent(t) * kPanels * L; i += W) store(sums + i, Vec<Acc>{});
   }
 
-  void start_grad() {
-    for (int64_t i = 0; i < table.entries * table.ld_rows; ++i) grad[i] = 0;
-  }
-
   // From the sums by walked index: each lane's out += grad_factor * sum by offset of rel[offset], and the table's
-  // gradient += grad_factor * sum by offset of x_lane. Either may be left out. What a lane does not
-  // see, sums of zero, adds nothing, even if its vector is NaN.
+  // gradient += grad_factor * sum by offset of x_lane. Either may be left out.
   void spread(const Tile<M>& t, const Acc* rows, Acc* out, bool with_grad) {
     const int64_t n = extent(t), ld = table.ld_rows;
     for (int v = 0; v < t.vectors; ++v) {
@@ -168,36 +205,9 @@ struct LaneTerm {
       }
       const int64_t low = max(0, 1 - table.reach - start), high = min(width, table.reach - start);
       if (high <= low) continue;
-      const int64_t entry = start + low + table.reach - 1;
-      if (out)
-        wide_product<Plain<Acc>, true>(ld, skewed + low, {ld_skewed, 1}, W, high - low, table.rows + entry * ld, ld,
-                                       out + lane * ld, ld, 1);
-      if (!with_grad) continue;
-      if (finite(rows + lane * ld, W * ld)) {
-        wide_product<Plain<Acc>, true>(ld, skewed + low, {1, ld_skewed}, high - low, W, rows + lane * ld, ld,
-                                       grad + entry * ld, ld, 1);
-        continue;
-      }
-      for (int l = 0; l < W; ++l)
-        for (int64_t e = low; e < high; ++e) {
-          const Acc sum = skewed[l * ld_skewed + e];
-          for (int64_t c = 0; c < ld && sum != 0; ++c)
-            grad[(entry + e - low) * ld + c] += sum * rows[(lane + l) * ld + c];
-        }
+      if (out) table.add_rows(skewed + low, ld_skewed, W, start + low, high - low, 0, ld, out + lane * ld, ld);
+      if (with_grad) table.add_products(skewed + low, ld_skewed, W, start + low, high - low, rows + lane * ld);
     }
-  }
-
-  static bool finite(const Acc* p, int64_t n) {
-    Vec<Acc> zero{};
-    for (int64_t i = 0; i < n; i += W) zero += load(p + i) - load(p + i);
-    return !any_differs(zero, Vec<Acc>{});
-  }
-
-  // Add the table's gradient to a share, in the table's own order.
-  void add_grad(Acc* share, bool flip) const {
-    for (int64_t e = 0; e < table.entries; ++e)
-      for (int64_t c = 0; c < table.channels; ++c)
-        share[(flip ? table.entries - 1 - e : e) * table.channels + c] += grad[e * table.ld_rows + c];
   }
 };
 
@@ -205,41 +215,112 @@ template <class M>
 struct WalkTerm {
   using Acc = typename M::Acc;
   static constexpr int L = kTile<M>, W = kLanes<Acc>;
+  static constexpr int64_t kRows = 2 * rows_of(kVectors);
 
   bool on;
   int axis;
-  Acc factor;
+  int slot;  // where its table's gradient goes
+  Acc factor, grad_factor;
   Vectors<Acc> table;
-  Acc* values;  // [walked position][offset - first]
-  int64_t ld, first;
+  Acc *values, *sums;      // [walked position][offset - first]
+  int64_t ld, first;       // of the block in hand
+  int64_t lane_0, lane_n;  // the tile's lanes lie in [lane_0, lane_n]
 
-  WalkTerm(Arena& arena, bool on, int axis, int64_t reach, int64_t channels, int64_t walked, int64_t resident)
+  WalkTerm(Arena& arena, bool on, bool sums, int axis, int slot, int64_t reach, int64_t channels, int64_t walked,
+           int64_t resident)
       : on(on),
         axis(axis),
+        slot(slot),
         factor(1),
-        table(arena, on, reach, channels),
-        values(arena.take<Acc>(on ? kBlock * (padded<Acc>(walked + resident + W) + L) : 0)),
-        ld(padded<Acc>(walked + resident + W) + L),
-        first(0) {}
+        grad_factor(1),
+        table(arena, on, sums, reach, channels),
+        values(arena.take<Acc>(on ? kBlock * row_length(walked, resident) : 0)),
+        sums(arena.take<Acc>(on && sums ? kBlock * row_length(walked, resident) : 0)),
+        ld(row_length(walked, resident)),
+        first(0),
+        lane_0(0),
+        lane_n(0) {}
+
+  static int64_t row_length(int64_t walked, int64_t resident) { return padded<Acc>(walked + resident + W) + L; }
 
   const Index<Acc>* index(const Tile<M>& t) const { return axis ? t.x : t.y; }
+  const Index<Acc>* walked_index(const Block<Acc>& block) const { return axis ? block.x : block.y; }
 
-  // values[r][lane - walked] = factor * x_r · rel[lane - walked], from the block's rows.
-  void read(const Tile<M>& t, const Block<Acc>& block, const Acc* rows, Strides s) {
-    const Index<Acc>* walked = axis ? block.x : block.y;
-    int64_t least = walked[0], most = walked[0], low = index(t)[0], high = low;
-    for (int64_t r = 0; r < block.n; ++r) least = min(least, walked[r]), most = max(most, walked[r]);
+  // Call f(row, rows, first offset, offsets) for a few rows of the block at a time: their offsets are little more than
+  // those of one.
+  template <class F>
+  VISATTN_INLINE void groups(const Block<Acc>& block, F f) const {
+    const Index<Acc>* walked = walked_index(block);
+    for (int64_t r = 0; r < block.n; r += kRows) {
+      const int64_t n = min(kRows, block.n - r);
+      int64_t least = walked[r], most = least;
+      for (int64_t i = r; i < r + n; ++i) least = min(least, walked[i]), most = max(most, walked[i]);
+      f(r, n, lane_0 - most, lane_n - least - (lane_0 - most) + 1);
+    }
+  }
+
+  // To be called for each block: values[r][lane - walked] = factor * x_r · rel[lane - walked], from the block's rows
+  // [position][ld_rows].
+  void read(const Tile<M>& t, const Block<Acc>& block, const Acc* rows) {
+    const Index<Acc>* walked = walked_index(block);
+    lane_0 = lane_n = index(t)[0];
     for (int v = 0; v < t.vectors; ++v)
-      for (int l = t.lane_of(v), end = l + W; l < end; ++l) low = min(low, index(t)[l]), high = max(high, index(t)[l]);
-    first = low - most;
-    table.products(rows, s, block.n, first, high - least - first + 1, values, ld, factor);
+      for (int l = t.lane_of(v), end = l + W; l < end; ++l)
+        lane_0 = min(lane_0, index(t)[l]), lane_n = max(lane_n, index(t)[l]);
+    first = lane_0 - walked[0];
+    for (int64_t r = 0; r < block.n; ++r) first = min(first, lane_0 - walked[r]);
+    groups(block, [&](int64_t r, int64_t n, int64_t start, int64_t columns) {
+      table.products(rows + r * table.ld_rows, {table.ld_rows, 1}, n, start, columns, values + r * ld + start - first,
+                     ld, factor);
+    });
+  }
+
+  void start_sums(const Block<Acc>& block) {
+    groups(block, [&](int64_t r, int64_t n, int64_t start, int64_t columns) {
+      for (int64_t i = r; i < r + n; ++i)
+        for (int64_t c = 0; c < columns; c += W) store(sums + i * ld + start - first + c, Vec<Acc>{});
+    });
+  }
+
+  // The other way round: sums[r][lane - walked] += source[r][lane] for rows [from, to) of one vector.
+  void sum(const Tile<M>& t, const Block<Acc>& block, int v, int lane, int64_t from, int64_t to, const Acc* source) {
+    const Index<Acc>*walked = walked_index(block), *lanes = index(t) + lane;
+    const Spread spread = t.active[lane + W - 1] ? (axis ? t.spread_x[v] : t.spread_y[v]) : Spread::kAny;
+    for (int64_t r = from; r < to; ++r) {
+      Acc* p = sums + r * ld - walked[r] - first;
+      const Acc* x = source + r * L;
+      if (spread == Spread::kConsecutive)
+        store(p + lanes[0], load(p + lanes[0]) + load(x));
+      else if (spread == Spread::kUniform)
+        p[lanes[0]] += sum_of_lanes(load(x));
+      else
+        for (int l = 0; l < W; ++l) p[lanes[l]] += t.active[lane + l] ? x[l] : Acc(0);
+    }
+  }
+
+  // From the sums: each walked position's out += grad_factor * sum by offset of rel[offset], and the table's gradient
+  // += grad_factor * sum by offset of x_r, from the block's rows. Either may be left out; out is
+  // [channel / L][kBlock][channel % L].
+  void spread(const Block<Acc>& block, const Acc* rows, Acc* out, bool with_grad) {
+    groups(block, [&](int64_t r, int64_t n, int64_t start, int64_t columns) {
+      Acc* by_offset = sums + r * ld + start - first;
+      for (int64_t i = 0; i < n; ++i)
+        for (int64_t c = 0; c < columns; c += W)
+          store(by_offset + i * ld + c, load(by_offset + i * ld + c) * grad_factor);
+      const int64_t low = max(0, 1 - table.reach - start), high = min(columns, table.reach - start);
+      if (high <= low) return;
+      by_offset += low, start += low;
+      for (int64_t c = 0; out && c < table.channels; c += L)
+        table.add_rows(by_offset, ld, n, start, high - low, c, min(L, table.channels - c),
+                       out + (c / L * kBlock + r) * L, L);
+      if (with_grad) table.add_products(by_offset, ld, n, start, high - low, rows + r * table.ld_rows);
+    });
   }
 
   // scores[r][lane] += values for rows [from, to) of one vector.
   VISATTN_INLINE void add(const Tile<M>& t, const Block<Acc>& block, int v, int lane, int64_t from, int64_t to,
                           Acc* scores) const {
-    const Index<Acc>* walked = axis ? block.x : block.y;
-    const Index<Acc>* lanes = index(t) + lane;
+    const Index<Acc>*walked = walked_index(block), *lanes = index(t) + lane;
     const Spread spread = axis ? t.spread_x[v] : t.spread_y[v];
     const auto offsets = load(lanes) - lanes[0];
     for (int64_t r = from; r < to; ++r) {

@@ -34,11 +34,12 @@ struct Walk {
   WalkTerm<M> walk[2];
   BiasTerm<M> bias;
 
-  // `sums`: whether the pass sums gradients of terms.
-  Walk(Arena& arena, const Call& call, bool queries, int threads, bool shares, bool sums)
+  // `sums`, `walk_sums`: whether the pass sums gradients of the terms of resident vectors and of the bias, and of the
+  // terms of walked vectors.
+  Walk(Arena& arena, const Call& call, bool queries, int threads, bool shares, bool sums, bool walk_sums)
       : call(call),
         p(call.problem),
-        plan(call, queries, threads, shares),
+        plan(call, queries, threads, shares, walk_sums && call.has_vector(kQueryTerm)),
         queries(queries),
         guarded(plan.near || plan.part.others || call.key_bias.data),
         b(0),
@@ -51,15 +52,16 @@ struct Walk {
         offset(arena.take<int64_t>(kPanels * L)),
         walked(arena.take<int64_t>(kBlock)),
         lane_rows(arena.take<Acc>(call.has_vector(lane_side()) ? kPanels * L * padded<Acc>(p.head_dim) : 0)),
-        walk_rows(arena.take<Acc>(call.has_vector(walk_side()) ? staged_elements<Plain<Acc>>(p.head_dim) : 0)),
+        walk_rows(arena.take<Acc>(call.has_vector(walk_side()) ? kBlock * padded<Acc>(p.head_dim) : 0)),
         key_bias(arena.take<Acc>(call.key_bias.data ? max(kPanels * L, kBlock) : 0)),
         lane{lane_term(arena, lane_side(), 0, true, sums), lane_term(arena, lane_side(), 1, true, sums)},
-        walk{walk_term(arena, walk_side(), 0), walk_term(arena, walk_side(), 1)},
+        walk{walk_term(arena, walk_side(), 0, walk_sums), walk_term(arena, walk_side(), 1, walk_sums)},
         bias(arena, call.bias.data, sums && call.wants_table(0), queries, p.reach(0), p.reach(1), bias_rows()) {
     for (int axis = 0; axis < 2; ++axis) {
       lane[axis].factor = Acc(call.vector_scale[lane_side()] * kLog2E);
       lane[axis].grad_factor = Acc(call.vector_scale[lane_side()]);
       walk[axis].factor = Acc(call.vector_scale[walk_side()] * kLog2E);
+      walk[axis].grad_factor = Acc(call.vector_scale[walk_side()]);
     }
   }
 
@@ -79,10 +81,12 @@ struct Walk {
             plan.resident_extent(axis)};
   }
 
-  WalkTerm<M> walk_term(Arena& arena, VectorTerm term, int axis) const {
+  WalkTerm<M> walk_term(Arena& arena, VectorTerm term, int axis, bool sums) const {
     return {arena,
             call.vector[term][axis].data != nullptr,
+            sums,
             axis,
+            table_slot(term, axis),
             p.reach(axis),
             p.channels(term),
             plan.walked_extent(axis),
@@ -99,6 +103,17 @@ struct Walk {
   const Map& walked_map() const { return queries ? call.k : call.q; }
   int64_t resident_head() const { return queries ? head : kv_head; }
   int64_t walked_head() const { return queries ? kv_head : head; }
+
+  // Call f(pair) for the tiles of an item, one after the other.
+  template <class F>
+  VISATTN_INLINE void tiles(int64_t item, F f) {
+    const int64_t first = item / plan.heads * plan.chunk;
+    for (int64_t i = first; i < min(first + plan.chunk, plan.pairs); ++i) {
+      const auto pair = plan.pair(i);
+      b = pair.b;
+      if (plan.fill(pair.region, pair.tile, tile)) f(pair);
+    }
+  }
 
   // Take up a query head, whose tables are read once.
   void set_head(int64_t h) {
@@ -122,6 +137,14 @@ struct Walk {
     }
   }
 
+  // One number per lane, wherever what is kept per query lies; 0 in lanes that are left over.
+  void load_lanes(const Map& map, Acc* to) {
+    tile.result_offsets(map, offset);
+    const Acc* from = at<Acc>(map, b, head);
+    for (int v = 0; v < tile.vectors; ++v)
+      for (int l = tile.lane_of(v), end = l + W; l < end; ++l) to[l] = offset[l] == kNowhere ? Acc(0) : from[offset[l]];
+  }
+
   // The resident vectors as rows; lanes of vectors that the tile has not are left alone.
   void load_lane_rows(const Map& map, int64_t h, int64_t channels, Acc* to) {
     tile.offsets(map, offset);
@@ -131,7 +154,7 @@ struct Walk {
     }
   }
 
-  // Take up the tile that `plan.fill` has filled. `start_head` follows, for the head that is set.
+  // Take up the tile in hand. `start_head` follows, for the head that is set.
   void start_tile() { pack(resident_map(), resident_head(), p.head_dim, panel); }
 
   void start_head() {
@@ -176,9 +199,9 @@ struct Walk {
     const Rows<T> source = walked_rows(walked_map(), walked_head(), p.head_dim);
     rows = stage<M>(source, Use::kScores, staged);
     if (walk[0].on || walk[1].on) {
-      const Staged<Plain<Acc>> plain = stage<Plain<Acc>>(source, Use::kScores, walk_rows);
+      load_rows(source.data, source.offset, source.n, source.channels, source.stride, walk_rows);
       for (auto& term : walk)
-        if (term.on) term.read(tile, block, plain.data, plain.scores);
+        if (term.on) term.read(tile, block, walk_rows);
     }
     if (bias.on) bias.read_block(tile, block);
     if (call.key_bias.data && queries) {
@@ -301,6 +324,13 @@ struct Walk {
     vectors(t, [&](int at_lane, int lane, int, int64_t row, int64_t end) {
       for (int64_t r = row; r < end; ++r)
         add_to(term.sums + (index[r] - first) * kPanels * L + lane, load(source + r * L + at_lane));
+    });
+  }
+
+  // A walk term's sums += source[r][lane].
+  void sum_walk(WalkTerm<M>& term, int t, const Acc* source) const {
+    vectors(t, [&](int at_lane, int lane, int v, int64_t row, int64_t end) {
+      term.sum(tile, block, v, lane, row, end, source + at_lane);
     });
   }
 

@@ -157,6 +157,20 @@ VISATTN_INLINE VecD gather(const double* base, VecK index) {
   return x;
 }
 
+// The lanes' sum, by halves.
+template <class V>
+VISATTN_INLINE auto sum_of_lanes(V x) {
+  constexpr int n = int(sizeof(V) / sizeof(x[0]));
+  decltype(x[0] + x[0]) half[n];
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) half[i] = x[i];
+#pragma GCC unroll 4
+  for (int width = n / 2; width > 0; width /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < width; ++i) half[i] += half[i + width];
+  return half[0];
+}
+
 // Transpose a square of kLanes x kLanes numbers, given by rows.
 VISATTN_INLINE void transpose(VecF* rows) {
 #if defined(__AVX512F__)

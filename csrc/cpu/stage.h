@@ -101,56 +101,70 @@ struct Staged {
 // Which of the two products a block is staged for. Plain arithmetic serves both with one copy.
 enum class Use { kScores, kSums };
 
+// The length of staged rows of n elements. Rows a large power of two apart would fall into a few sets of the cache.
+template <class Elem>
+constexpr int64_t row_length(int64_t n) {
+  return n * int64_t(sizeof(Elem)) % 256 == 0 ? n + 64 / int64_t(sizeof(Elem)) : n;
+}
+
 template <class M>
 int64_t staged_elements(int64_t channels) {
-  return M::kPair == 1 ? channels * kBlock : ceil_div(channels + 1, 2) * (kBlock + 2);
+  using Elem = typename M::Elem;
+  const int64_t pairs = ceil_div(channels, M::kPair), half = kBlock / M::kPair;
+  return max(max(kBlock * row_length<Elem>(pairs), pairs * row_length<Elem>(kBlock)),
+             max(half * row_length<Elem>(channels), channels * row_length<Elem>(half)));
 }
 
 template <class M, class T>
 VISATTN_INLINE Staged<M> stage(const Rows<T>& from, Use use, typename M::Elem* to) {
+  using Elem = typename M::Elem;
   const int64_t n = from.n, channels = from.channels, stride = from.stride;
   if constexpr (M::kPair == 1) {
     if (from.positions_innermost()) {  // [channel][position]
+      constexpr int64_t ld = row_length<Elem>(kBlock);
       for (int64_t c = 0; c < channels; ++c)
         for_runs(from.offset, n, [&](int64_t i, int64_t count) {
           if (from.offset[i] == kNowhere)
-            to[c * kBlock + i] = 0;
+            to[c * ld + i] = 0;
           else
-            widen_run(from.data + from.offset[i] + c * stride, to + c * kBlock + i, count);
+            widen_run(from.data + from.offset[i] + c * stride, to + c * ld + i, count);
         });
-      return {to, {1, kBlock}, {kBlock, 1}, channels, n};
+      return {to, {1, ld}, {ld, 1}, channels, n};
     }
-    if (from.contiguous()) {  // [position][channel], as in the source
+    const int64_t ld = row_length<Elem>(channels);
+    if (ld == channels && from.contiguous()) {  // [position][channel], as in the source
       widen_run(from.data + from.offset[0], to, n * channels);
-      return {to, {channels, 1}, {1, channels}, channels, n};
+      return {to, {ld, 1}, {1, ld}, channels, n};
     }
     for (int64_t r = 0; r < n; ++r) {  // [position][channel]
       const T* row = from.data + somewhere(from.offset[r]);
       if (from.offset[r] == kNowhere)
-        for (int64_t c = 0; c < channels; ++c) to[r * channels + c] = 0;
+        for (int64_t c = 0; c < channels; ++c) to[r * ld + c] = 0;
       else if (stride == 1)
-        widen_run(row, to + r * channels, channels);
+        widen_run(row, to + r * ld, channels);
       else
-        for (int64_t c = 0; c < channels; ++c) to[r * channels + c] = widen(row[c * stride]);
+        for (int64_t c = 0; c < channels; ++c) to[r * ld + c] = widen(row[c * stride]);
     }
-    return {to, {channels, 1}, {1, channels}, channels, n};
+    return {to, {ld, 1}, {1, ld}, channels, n};
   } else {
     uint16_t* half = (uint16_t*)to;
     if (use == Use::kScores) {  // pairs along channels
       const int64_t pairs = ceil_div(channels, 2);
       if (from.positions_innermost()) {  // [channel / 2][position][2]
+        constexpr int64_t ld = row_length<Elem>(kBlock);
         for (int64_t c = 0; c < 2 * pairs; ++c)
           for_runs(from.offset, n, [&](int64_t i, int64_t count) {
             const T* row = from.data + somewhere(from.offset[i]) + c * stride;
-            uint16_t* target = half + ((c / 2) * kBlock + i) * 2 + c % 2;
+            uint16_t* target = half + ((c / 2) * ld + i) * 2 + c % 2;
             const bool there = c < channels && from.offset[i] != kNowhere;
             for (int64_t j = 0; j < count; ++j) target[2 * j] = there ? row[j].bits : 0;
           });
-        return {to, {1, kBlock}, {}, pairs, 0};
+        return {to, {1, ld}, {}, pairs, 0};
       }
+      const int64_t ld = row_length<Elem>(pairs);
       for (int64_t r = 0; r < n; ++r) {  // [position][channel]
         const T* row = from.data + somewhere(from.offset[r]);
-        uint16_t* target = half + r * 2 * pairs;
+        uint16_t* target = half + r * 2 * ld;
         if (from.offset[r] == kNowhere)
           for (int64_t c = 0; c < channels; ++c) target[c] = 0;
         else if (stride == 1)
@@ -159,12 +173,13 @@ VISATTN_INLINE Staged<M> stage(const Rows<T>& from, Use use, typename M::Elem* t
           for (int64_t c = 0; c < channels; ++c) target[c] = row[c * stride].bits;
         if (channels % 2) target[channels] = 0;
       }
-      return {to, {pairs, 1}, {}, pairs, 0};
+      return {to, {ld, 1}, {}, pairs, 0};
     }
     const int64_t pairs = ceil_div(n, 2);  // pairs along positions
     if (from.positions_innermost()) {      // [channel][position]
+      constexpr int64_t ld = row_length<Elem>(kBlock / 2);
       for (int64_t c = 0; c < channels; ++c) {
-        uint16_t* target = half + c * kBlock;
+        uint16_t* target = half + c * 2 * ld;
         for_runs(from.offset, n, [&](int64_t i, int64_t count) {
           if (from.offset[i] == kNowhere)
             target[i] = 0;
@@ -173,21 +188,22 @@ VISATTN_INLINE Staged<M> stage(const Rows<T>& from, Use use, typename M::Elem* t
         });
         if (n % 2) target[n] = 0;
       }
-      return {to, {}, {kBlock / 2, 1}, 0, pairs};
+      return {to, {}, {ld, 1}, 0, pairs};
     }
+    const int64_t ld = row_length<Elem>(channels);
     for (int64_t r = 0; r < pairs; ++r) {  // [position / 2][channel][2]
       const bool has_a = from.offset[2 * r] != kNowhere;
       const bool has_b = 2 * r + 1 < n && from.offset[2 * r + 1] != kNowhere;
       const T* a = from.data + (has_a ? from.offset[2 * r] : 0);
       const T* b = from.data + (has_b ? from.offset[2 * r + 1] : 0);
-      typename M::Elem* target = to + r * channels;
+      Elem* target = to + r * ld;
       if (has_a && has_b && stride == 1)
         interleave(a, b, target, channels);
       else
         for (int64_t c = 0; c < channels; ++c)
           target[c] = (has_a ? a[c * stride].bits : 0) | (has_b ? uint32_t(b[c * stride].bits) << 16 : 0);
     }
-    return {to, {}, {1, channels}, 0, pairs};
+    return {to, {}, {1, ld}, 0, pairs};
   }
 }
 
@@ -213,9 +229,11 @@ VISATTN_INLINE bool any_not_finite(const typename M::Elem* p, int64_t n) {
 // The same for a block that was staged for sums.
 template <class M>
 VISATTN_INLINE bool any_not_finite(const Staged<M>& block, int64_t channels) {
-  if (block.sums.row == 1) return any_not_finite<M>(block.data, block.sums_k * channels);
+  const bool by_position = block.sums.row == 1;
+  const int64_t rows = by_position ? block.sums_k : channels, length = by_position ? channels : block.sums_k;
+  const int64_t ld = by_position ? block.sums.k : block.sums.row;
   bool any = false;
-  for (int64_t c = 0; c < channels; ++c) any |= any_not_finite<M>(block.data + c * block.sums.row, block.sums_k);
+  for (int64_t r = 0; r < rows; ++r) any |= any_not_finite<M>(block.data + r * ld, length);
   return any;
 }
 

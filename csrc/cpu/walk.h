@@ -139,7 +139,7 @@ struct Plan {
   bool near;
   int64_t regions, tiles;  // tiles of the largest region
   int panel_size;          // vectors of a panel, whatever the number of threads: sums over a panel's lanes depend on it
-  int64_t capacity;        // lanes of a tile, where all pairs of a region are walked
+  int64_t capacity;        // lanes of a tile that is a run; points of one
   int64_t vector_h, vector_w;  // rectangle of a near vector
   bool piled;                  // near vectors lie on top of each other, else side by side
   int64_t tiles_x;
@@ -147,7 +147,9 @@ struct Plan {
   int64_t pairs, chunk, chunks;
 
   // `shares`: whether gradients of tables are summed per item: then no choice may depend on the number of threads.
-  Plan(const Call& call, bool queries, int threads, bool shares)
+  // `by_tile`: whether a result of one map depends on sums over all lanes of a tile: then its width may depend on
+  // neither threads nor maps.
+  Plan(const Call& call, bool queries, int threads, bool shares, bool by_tile)
       : call(call),
         part(part_of(call.problem.pattern, call.part, call.problem.queries, call.problem.keys)),
         queries(queries),
@@ -171,17 +173,17 @@ struct Plan {
       tiles_x = piled ? ceil_div(w, vector_w) : ceil_div(ceil_div(w, vector_w), kNearVectors);
       tiles = tiles_x * (piled ? ceil_div(piles, kNearVectors) : 1);
     } else {
-      const int64_t others = p.batch * heads * regions;
+      const int64_t others = by_tile ? regions : p.batch * heads * regions;
       const int64_t vectors = ceil_div(h * w, W);
       panel_size = int(ceil_div(vectors, ceil_div(vectors, kVectors)));
-      capacity = panels(ceil_div(vectors, panel_size), others, threads) * panel_size * W;
+      capacity = panels(ceil_div(vectors, panel_size), others, by_tile ? 2 : threads) * panel_size * W;
       tiles = ceil_div(h * w, capacity);
     }
     if (call.points && queries) {
       const bool together = !near && regions == 1;
-      capacity = together ? min(capacity, ceil_div(call.n_points, W) * W) : W;
+      capacity = together ? min(capacity, ceil_div(call.n_points, W) * W) : 1;
       regions = 1;
-      tiles = together ? ceil_div(call.n_points, capacity) : call.n_points;
+      tiles = ceil_div(call.n_points, capacity);
     }
     pairs = p.batch * regions * tiles;
     chunks = shares ? min(pairs, 32) : min(pairs, max(1, ceil_div(16 * int64_t(threads), heads)));
@@ -243,7 +245,7 @@ struct Plan {
     t.first_point = 0;
     if (call.points && queries) {
       t.points = call.points;
-      t.first_point = index * (tiles == call.n_points ? 1 : capacity);
+      t.first_point = index * capacity;
       const int64_t* point = call.points + 2 * t.first_point;
       region_index = part.y.class_of(point[0]) * part.x.classes() + part.x.class_of(point[1]);
     }
@@ -317,7 +319,7 @@ struct Plan {
   }
 
   void fill_points(Tile<M>& t) const {
-    t.count = min(tiles == call.n_points ? 1 : capacity, call.n_points - t.first_point);
+    t.count = min(capacity, call.n_points - t.first_point);
     t.vectors = int(ceil_div(t.count, W));
     spread_panels(t);
     int64_t i = 0;

@@ -27,7 +27,7 @@ struct MapRows {
     int64_t* walked;
 
     Scratch(Arena& arena, const Call& call, int threads)
-        : walk(arena, call, true, threads, false, false),
+        : walk(arena, call, true, threads, false, false, false),
           maximum(arena.take<Acc>(kPanels * L)),
           inverse(arena.take<Acc>(kPanels * L)),
           walked(arena.take<int64_t>(kBlock)) {}
@@ -44,15 +44,11 @@ struct MapRows {
     Walker& walk = s.walk;
     const Tile<M>& tile = walk.tile;
     walk.set_head(item % walk.plan.heads);
-    const int64_t begin = item / walk.plan.heads * walk.plan.chunk;
-    for (int64_t i = begin; i < min(begin + walk.plan.chunk, walk.plan.pairs); ++i) {
-      const auto pair = walk.plan.pair(i);
-      walk.b = pair.b;
-      if (!walk.plan.fill(pair.region, pair.tile, walk.tile)) continue;
+    walk.tiles(item, [&](const typename Plan<M>::Pair&) {
       walk.start_tile();
       walk.start_head();
-      load(walk, call.maximum, s.maximum);
-      load(walk, call.inverse, s.inverse);
+      walk.load_lanes(call.maximum, s.maximum);
+      walk.load_lanes(call.inverse, s.inverse);
       walk.blocks([&] {
         const Map keys{nullptr, 0, call.problem.keys.w, 1, 0, 0};
         walk.block.offsets(tile.walked_y, tile.walked_x, keys, s.walked);
@@ -61,9 +57,8 @@ struct MapRows {
           walk.vectors(t, [&](int at_lane, int lane, int, int64_t row, int64_t end) {
             for (int64_t r = row; r < end; ++r) {
               if (s.walked[r] == kNowhere) continue;
-              const Vec<Acc> w =
-                  weight<Acc>(VISATTN_ISA::load(walk.scores + r * L + at_lane), VISATTN_ISA::load(s.maximum + lane),
-                              VISATTN_ISA::load(s.inverse + lane), walk.guarded);
+              const Vec<Acc> w = weight<Acc>(load(walk.scores + r * L + at_lane), load(s.maximum + lane),
+                                             load(s.inverse + lane), walk.guarded);
               for (int l = 0; l < W; ++l)
                 if (tile.active[lane + l] && (!tile.masked || inside(tile, walk.block, r, lane + l, walk)))
                   (at_mutable<Acc>(call.weights, walk.b, walk.head) +
@@ -72,7 +67,7 @@ struct MapRows {
           });
         }
       });
-    }
+    });
   }
 
   // Whether the pattern has the pair: what it has not another part may have written.
@@ -80,14 +75,6 @@ struct MapRows {
     const int64_t y = block.y[r] - tile.first_y[l], x = block.x[r] - tile.first_x[l];
     const bool own = walk.plan.part.others && block.y[r] == tile.y[l] && block.x[r] == tile.x[l];
     return y >= 0 && y < tile.size_y[l] && x >= 0 && x < tile.size_x[l] && !own;
-  }
-
-  static void load(Walker& walk, const Map& map, Acc* to) {
-    walk.tile.result_offsets(map, walk.offset);
-    const Acc* from = at<Acc>(map, walk.b, walk.head);
-    for (int v = 0; v < walk.tile.vectors; ++v)
-      for (int l = walk.tile.lane_of(v), end = l + W; l < end; ++l)
-        to[l] = walk.offset[l] == kNowhere ? Acc(0) : from[walk.offset[l]];
   }
 };
 
@@ -105,7 +92,7 @@ struct Received {
     int64_t* walked;
 
     Scratch(Arena& arena, const Call& call, int threads)
-        : walk(arena, call, false, threads, false, false),
+        : walk(arena, call, false, threads, false, false, false),
           maximum(arena.take<Acc>(kBlock)),
           inverse(arena.take<Acc>(kBlock)),
           received(arena.take<Acc>(kPanels * L)),
@@ -122,12 +109,8 @@ struct Received {
   static void run(const Call& call, int threads, int64_t item, Arena arena) {
     Scratch s(arena, call, threads);
     Walker& walk = s.walk;
-    const int64_t begin = item / walk.plan.heads * walk.plan.chunk;
-    for (int64_t i = begin; i < min(begin + walk.plan.chunk, walk.plan.pairs); ++i) {
-      const auto pair = walk.plan.pair(i);
-      walk.b = pair.b;
-      if (walk.plan.fill(pair.region, pair.tile, walk.tile)) run_tile(call, s, item % walk.plan.heads);
-    }
+    const int64_t kv_head = item % walk.plan.heads;
+    walk.tiles(item, [&](const typename Plan<M>::Pair&) { run_tile(call, s, kv_head); });
   }
 
   static void run_tile(const Call& call, Scratch& s, int64_t kv_head) {
