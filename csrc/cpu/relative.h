@@ -181,7 +181,8 @@ struct LaneTerm {
   }
 
   void start_sums(const Tile<M>& t) {
-    for (int64_t i = 0; i < extent(t) * kPanels * L; i += W) store(sums + i, Vec<Acc>{});
+    for (int64_t w = 0; w < extent(t); ++w)
+      for (int64_t l = 0; l < t.panels * L; l += W) store(sums + w * kPanels * L + l, Vec<Acc>{});
   }
 
   // From the sums by walked index: each lane's out += grad_factor * sum by offset of rel[offset], and the table's
