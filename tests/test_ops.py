@@ -196,6 +196,51 @@ def test_no_graph_break() -> None:
     assert explanation.graph_break_count == 0, explanation.break_reasons
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_a_map_that_is_only_read_compiles(backend: str) -> None:
+    """Parameters require grad, and so do the map's rows and sums: nothing raises until their gradient is asked for."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project, self.bias = torch.nn.Conv2d(4, 8, 1), torch.nn.Parameter(torch.randn(1, 4, 5))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            q = va.heads_last(self.project(x), 2)
+            terms = (va.KeyBias(self.bias),)
+            rows = va.attention_map(q, q, [(0, 1)], terms=terms)
+            return va.attention(q, q, q, terms=terms), va.attention_received(q, q, terms=terms), rows
+
+    torch._dynamo.reset()
+    layer, x = Layer(), torch.randn(1, 4, 4, 5)
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    results = []
+    for module in (layer, compiled):
+        outputs = module(x)
+        results.append((outputs, torch.autograd.grad(outputs[0].sin().sum(), [*layer.parameters()])))
+    torch.testing.assert_close(*results)
+    for result, what in ((1, "attention_received"), (2, "attention_map")):
+        with pytest.raises(NotImplementedError, match=rf'visattn: .*no gradient of {what}.*backend="reference"'):
+            compiled(x)[result].sum().backward()
+
+
+def test_refused_gradients() -> None:
+    """A map's gradient is refused by vmap too, and what a gradient of zeros gives has no silent gradient of its own."""
+    q = inputs(Case())["q"].requires_grad_()
+    refused = pytest.raises(NotImplementedError, match="no gradient of attention_received")
+    sums = va.attention_received(q, q)
+    with refused:
+        torch.autograd.grad(sums, q, torch.randn(3, *sums.shape), is_grads_batched=True)
+    with refused:
+        torch.vmap(lambda x: va.attention_received(x, x))(q[None]).sum().backward()
+    zeros = torch.zeros_like(sums).requires_grad_()
+    (grad,) = torch.autograd.grad(va.attention_received(q, q), q, zeros, create_graph=True)
+    assert torch.equal(grad, torch.zeros_like(q))
+    with pytest.raises(NotImplementedError, match="double backward"):
+        grad.sum().backward()
+    torch.library.opcheck(torch.ops.visattn.refuse_gradient.default, (zeros.detach(), "a test"))
+
+
 def test_errors_are_of_the_same_type_under_compile() -> None:
     torch._dynamo.reset()
     q, k = torch.randn(1, 2, 3, 1, 4), torch.randn(1, 2, 3, 1, 5)
