@@ -348,6 +348,21 @@ def test_value_terms_change_no_weight(backend: str) -> None:
     assert torch.equal(sums, va.attention_received(q, k, va.Window(2), backend=backend))
 
 
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_engine)])
+def test_what_rows_and_columns_of_the_map_sum_to(backend: str) -> None:
+    """1 for each query, less what zeros around the map take; 0 for a query with no key."""
+    q = torch.zeros(1, 3, 3, 2, 4)
+    for pattern, total in ((va.Global(), 9), (va.Neighborhood(3, border="zero"), 49 / 9)):  # 4+6+4, 6+9+6, 4+6+4 ninths
+        rows = va.attention_map(q, q, [(0, 0), (1, 1)], pattern, backend=backend).sum((-2, -1))
+        wanted = torch.tensor([1.0 if total == 9 else 4 / 9, 1.0])[None, :, None].expand(1, 2, 2)
+        torch.testing.assert_close(rows, wanted)
+        received = va.attention_received(q, q, pattern, backend=backend).sum()
+        torch.testing.assert_close(received, torch.tensor(2.0 * total))
+    nothing = (va.KeyBias(torch.full((1, 3, 3), -torch.inf)),)
+    assert va.attention_map(q, q, [(0, 0)], terms=nothing, backend=backend).eq(0).all()
+    assert va.attention_received(q, q, terms=nothing, backend=backend).eq(0).all()
+
+
 @needs_engine
 def test_module_with_attention_copies_and_pickles() -> None:
     class Layer(torch.nn.Module):

@@ -145,12 +145,13 @@ def attention_map(
         pattern, scale, terms, backend: as in `attention`.
 
     Returns:
-        Tensor[B, P, heads, Hk, Wk], float32 (float64 for float64 inputs); each row sums to 1, zeros outside the
-        pattern. Not differentiable except with `backend="reference"`.
+        Tensor[B, P, heads, Hk, Wk], float32 (float64 for float64 inputs), zeros outside the pattern. A row sums to 1,
+        less what border="zero" gives to the zeros around the map; to 0 where a query has no key.
 
     Raises:
         ValueError: a point lies outside the query grid, or is no pair.
         TypeError, RuntimeError: as `attention`.
+        NotImplementedError: its gradient is asked for, except with `backend="reference"`.
 
     Memory:
         The result, two numbers per point and head, and scratch memory per thread as `attention` has it.
@@ -219,10 +220,12 @@ def attention_received(
 
     Returns:
         Tensor[B, Hk, Wk, kv_heads], float32 (float64 for float64 inputs), summed over the query heads that share
-        a key head; its total is `H * W * heads` per map. Not differentiable except with `backend="reference"`.
+        a key head. Its total per map is `H * W * heads`, less what border="zero" gives to the zeros around the map
+        and 1 for each query and head with no key.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `attention`.
+        NotImplementedError: its gradient is asked for, except with `backend="reference"`.
 
     Memory:
         The result, two numbers per query and head, and scratch memory per thread as `attention` has it.
