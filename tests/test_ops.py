@@ -318,6 +318,16 @@ def test_vmap_over_points_and_over_nothing() -> None:
     assert torch.equal(got, torch.stack([va.attention_map(q, k, points) for points in at]))
     nothing = torch.zeros(0, *q.shape)
     assert torch.vmap(lambda x: va.attention(x, x, x))(nothing).shape == (0, *q.shape)
+    bias = torch.zeros(q.shape[:3])
+    tables = torch.zeros(0, 2, 5, 5, requires_grad=True)  # shared by the maps of a slice, of which there is none
+    for terms in (lambda _: (va.KeyBias(bias),), lambda table: (va.RelativeBias(table),)):
+        f = lambda x, table, terms=terms: va.attention(x, x, x, va.Window(3), terms=terms(table), return_lse=True)
+        for dim in (0, 2):
+            out, lse = torch.vmap(f, in_dims=(dim, 0))(nothing.movedim(0, dim), tables)
+            assert (out.shape, lse.shape) == ((0, *q.shape), (0, *q.shape[:4]))
+    assert torch.autograd.grad(out.sum() + lse.sum(), tables)[0].shape == tables.shape
+    rows = torch.vmap(lambda x: va.attention_map(x, x, [(0, 1)], terms=(va.KeyBias(bias),)))(nothing)
+    assert rows.shape == (0, q.shape[0], 1, q.shape[3], *q.shape[1:3])
 
 
 @pytest.mark.parametrize("which", ["attention", "attention_map", "attention_received"])

@@ -203,12 +203,18 @@ def _batched(backend: str, which: str, maps: tuple[int, ...]) -> Callable[..., t
                 for x in ((results,) if single else results)
             )
         else:
+            if size == 0:  # one slice tells the shapes: a sum of nothing, which is zeros and may require grad
+                args = tuple(
+                    x if dim is None else x.sum(dim, keepdim=True, dtype=x.dtype)
+                    for x, dim in zip(args, dims, strict=True)
+                )
             slices = [
                 op(*(x if dim is None else x.select(dim, i) for x, dim in zip(args, dims, strict=True)))
-                for i in range(size)
+                for i in range(size or 1)
             ]
             single = isinstance(slices[0], torch.Tensor)
-            results = (torch.stack(slices),) if single else tuple(map(torch.stack, zip(*slices, strict=True)))
+            slices = [(x,) for x in slices] if single else slices
+            results = tuple(torch.stack(x)[:size] for x in zip(*slices, strict=True))
         return (results[0], 0) if single else (results, (0,) * len(results))
 
     first_term = {"forward": 3, "backward": 5, "map": 2, "received": 2}[which]
