@@ -131,6 +131,14 @@ def test_autocast_casts_terms(dtype: torch.dtype) -> None:
     assert [x.dtype for x in grads] == [torch.float32] * len(leaves)
 
 
+@pytest.mark.parametrize(("bias", "lse"), [(-65519.0, -65504.0), (-65521.0, -torch.inf)])
+def test_autocast_to_float16_ends_at_its_range(bias: float, lse: float) -> None:
+    q = torch.zeros(1, 1, 1, 1, 4)
+    with torch.autocast("cpu", dtype=torch.float16):
+        got = va.attention(q, q, q, terms=(va.KeyBias(torch.tensor([[[bias]]])),), return_lse=True)[1]
+    assert float(got) == lse
+
+
 @pytest.mark.parametrize("case", [LOCAL[1], LOCAL[4]], ids=lambda case: case.id)
 def test_vmap_with_terms(case: Case) -> None:
     tensors = inputs(case)

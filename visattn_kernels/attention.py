@@ -8,9 +8,9 @@ from typing import Any, Literal, overload
 import torch
 
 from visattn_kernels import backends, ops, reference
-from visattn_kernels.errors import expected, tensor
+from visattn_kernels.errors import expected, tensor, told
 from visattn_kernels.patterns import Global, Pattern
-from visattn_kernels.problem import Problem, check_map, make_problem
+from visattn_kernels.problem import Problem, check_map, check_options, make_problem
 from visattn_kernels.terms import Term, cast, scales, tensors_of
 
 _GLOBAL = Global()
@@ -101,6 +101,8 @@ def attention(
         Vaswani et al., 2017, equation 1; the online softmax of Milakov and Gimelshein, 2018; the tiling and the
         recomputation in the backward of Dao et al., 2022. Patterns and terms name their own.
     """
+    if not isinstance(return_lse, bool):
+        raise expected("return_lse to be a bool", "return_lse", told(return_lse), TypeError)
     q, k, v = ops.autocast(tensor(q, "q"), tensor(k, "k"), tensor(v, "v"))
     terms = _autocast(terms, q)
     problem = make_problem(q, k, v, pattern, scale, terms)
@@ -182,12 +184,12 @@ def _points(at: Sequence[tuple[int, int]] | torch.Tensor, problem: Problem) -> t
             _check_inside(at.tolist(), problem)
         return at.to(torch.int64)
     if not isinstance(at, Sequence) or isinstance(at, str):
-        raise expected(rule, "at", repr(at), TypeError)
-    for point in at:
-        if not isinstance(point, Sequence) or not all(isinstance(i, int) for i in point):
-            raise expected(rule, "at", repr(at), TypeError)
+        raise expected(rule, "at", told(at), TypeError)
+    for i, point in enumerate(at):
+        if not isinstance(point, Sequence) or any(isinstance(x, bool) or not isinstance(x, int) for x in point):
+            raise expected(rule, f"at[{i}]", told(point), TypeError)
         if len(point) != 2:
-            raise expected(rule, "at", repr(at), ValueError)
+            raise expected(rule, f"at[{i}]", told(point), ValueError)
     _check_inside(at, problem)
     return torch.tensor([list(point) for point in at], dtype=torch.int64).reshape(-1, 2)
 
@@ -259,8 +261,12 @@ def merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Ten
         ValueError: there is no part.
         RuntimeError: the parts disagree in shape, dtype or device.
     """
-    if not isinstance(parts, Sequence) or not all(isinstance(part, Sequence) and len(part) == 2 for part in parts):
-        raise expected("parts to be a sequence of pairs (out, lse)", "parts", type(parts).__name__, TypeError)
+    rule = "parts to be a sequence of pairs (out, lse)"
+    if not isinstance(parts, Sequence):
+        raise expected(rule, "parts", told(parts), TypeError)
+    for i, part in enumerate(parts):
+        if not isinstance(part, Sequence) or len(part) != 2:
+            raise expected(rule, f"parts[{i}]", told(part), TypeError)
     if not parts:
         raise expected("at least one part", "parts", parts, ValueError)
     first_out, first_lse = tensor(parts[0][0], "parts[0][0]"), tensor(parts[0][1], "parts[0][1]")
@@ -312,6 +318,7 @@ def explain(
     Returns:
         A text of one line per backend. Print it.
     """
+    check_options(pattern, scale, terms)
     problem = None
     if q is not None or k is not None or v is not None:
         maps = [tensor(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v")) if name != "v" or x is not None]
@@ -345,7 +352,7 @@ def heads_last(x: torch.Tensor, heads: int = 1) -> torch.Tensor:
     """
     tensor(x, "x")
     if isinstance(heads, bool) or not isinstance(heads, int):
-        raise expected("heads to be an integer", "heads", repr(heads), TypeError)
+        raise expected("heads to be an integer", "heads", told(heads), TypeError)
     if x.dim() != 4:
         raise expected("x of shape [B, C, H, W]", "x.shape", list(x.shape), RuntimeError)
     if heads < 1 or x.shape[1] % heads != 0:
@@ -366,5 +373,5 @@ def channels_first(y: torch.Tensor) -> torch.Tensor:
     Raises:
         TypeError, RuntimeError: `y` is not such a tensor.
     """
-    check_map(y, "y")
+    check_map(y, "y", hint="")
     return y.permute(0, 3, 4, 1, 2).flatten(1, 2)
