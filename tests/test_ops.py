@@ -359,6 +359,46 @@ def test_forward_mode_raises_and_is_never_silently_wrong(which: str) -> None:
             call(torch.autograd.forward_ad.make_dual(q, q))
 
 
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f, q: torch.func.grad(lambda x: f(x).sum())(q),
+        lambda f, q: torch.func.vjp(f, q)[1](f(q)),
+        lambda f, q: torch.func.jacrev(f)(q),
+        lambda f, q: torch.vmap(torch.func.grad(lambda x: f(x).sum()))(q[None]),
+        lambda f, q: torch.func.grad(lambda x: torch.vmap(f)(x[None]).sum())(q),
+    ],
+    ids=["grad", "vjp", "jacrev", "vmap-grad", "grad-vmap"],
+)
+def test_torch_func_raises_and_names_the_alternative(transform) -> None:
+    q = inputs(Case(dtype=torch.float64, batch=1, queries=(2, 2), keys=(2, 2), heads=1, kv_heads=1))["k"]
+    calls = (
+        lambda x, backend: va.attention(x, x, x, backend=backend),
+        lambda x, backend: va.attention_received(q, x, backend=backend),
+        lambda x, backend: va.attention_map(x, q, [(0, 0)], backend=backend),
+        lambda x, backend: va.attention(q, q, q, terms=(va.KeyBias(x[..., 0]),), backend=backend),
+    )
+    for call in calls:
+        with pytest.raises(NotImplementedError, match=r'visattn: .*torch.func.grad.*backend="reference"'):
+            transform(lambda x, call=call: call(x, "cpu"), q)
+        transform(lambda x, call=call: call(x, "reference"), q)
+        leaf = q.clone().requires_grad_()  # outside of the transform: nothing to refuse
+        torch.vmap(lambda x, call=call: call(x, "cpu"))(leaf[None])
+
+
+def test_torch_func_takes_what_wants_no_gradient() -> None:
+    q = inputs(Case())["q"]
+
+    def constant(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return va.attention(x, q, q).sum()
+
+    for function in (constant, lambda x: va.attention(x.detach(), q, q).sum()):
+        grad, value = torch.func.grad_and_value(lambda x, f=function: f(x) + x.sum())(q)
+        assert torch.equal(grad, torch.ones_like(q))
+        torch.testing.assert_close(value, function(q) + q.sum())
+
+
 def test_fakes_check_what_kernels_check() -> None:
     q = torch.zeros(1, 2, 2, 1, 3)
     for args in ((q.to("meta"), q, q), (q, q.to("meta"), q), (q.to("meta"), q.to("meta")[..., :2], q.to("meta"))):

@@ -87,8 +87,8 @@ def attention(
         TypeError: an argument is of the wrong Python type.
         ValueError: the pattern or a term does not fit the grids, a term comes twice, or `backend` is no backend's name.
         RuntimeError: tensors disagree in rank, shape, dtype or device, or a forced backend cannot run this.
-        NotImplementedError: derivatives that are not there: forward-mode ones, and in the backward second ones. With
-            `backend="reference"` all are.
+        NotImplementedError: derivatives that are not there: forward-mode ones, those of `torch.func`, and in the
+            backward second ones. With `backend="reference"` all are.
 
     Memory:
         out and lse, and scratch memory per thread that grows with D and Dv and, with relative terms, with the pattern's
@@ -111,7 +111,7 @@ def attention(
         out, lse = reference.attention(q, k, v, pattern, scale=problem.scale, terms=terms)
     else:
         extra = tensors_of(terms)
-        ops.refuse_tangents(q, k, v, *extra)
+        ops.refuse_transforms(q, k, v, *extra)
         out, lse = ops.operator(name, "forward")(q, k, v, *extra, *_call(problem, terms))
     return (out, lse) if return_lse else out
 
@@ -166,7 +166,7 @@ def attention_map(
     if name == "reference":
         return reference.attention_map(q, k, points, pattern, scale=problem.scale, terms=terms)
     extra = tensors_of(terms, values=False)
-    ops.refuse_tangents(q, k, *extra)
+    ops.refuse_transforms(q, k, *extra)
     rows: torch.Tensor = ops.operator(name, "map")(q, k, *extra, points, *_call(problem, terms))
     return rows
 
@@ -239,7 +239,7 @@ def attention_received(
     if name == "reference":
         return reference.attention_received(q, k, pattern, scale=problem.scale, terms=terms)
     extra = tensors_of(terms, values=False)
-    ops.refuse_tangents(q, k, *extra)
+    ops.refuse_transforms(q, k, *extra)
     sums: torch.Tensor = ops.operator(name, "received")(q, k, *extra, *_call(problem, terms))
     return sums
 

@@ -64,16 +64,31 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
-def refuse_tangents(*tensors: torch.Tensor | None) -> None:
-    """Raise if a tensor carries a tangent: torch would drop it, and a derivative be silently wrong."""
+def refuse_transforms(*tensors: torch.Tensor | None) -> None:
+    """Raise for derivatives that torch would drop, silently wrong (forward mode), or refuse obscurely (torch.func)."""
+    present = [x for x in tensors if x is not None]
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and any(map(_tracked, present)):
+        raise NotImplementedError(
+            "visattn: expected no torch.func.grad, vjp or jacrev, which torch keeps from custom operators; "
+            'backend="reference" has them, and so has ordinary autograd, also through torch.vmap'
+        )
     if forward_ad._current_level < 0:
         return
-    present = [x for x in tensors if x is not None]
     if any(forward_ad.unpack_dual(x).tangent is not None for x in present):  # type: ignore[no-untyped-call]
         raise NotImplementedError(
             "visattn: expected no forward-mode derivative, which is not there yet; "
             'backend="reference" has derivatives of every mode and order'
         )
+
+
+def _tracked(x: torch.Tensor) -> bool:
+    """Whether a transform of torch.func wants the gradient of a tensor, under any number of others."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_gradtrackingtensor(x) and x.requires_grad:
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def _fake_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
