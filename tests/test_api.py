@@ -71,13 +71,17 @@ BAD = [
     ("no row", lambda q, k, v: va.attention(q[:, :0], k, v), RuntimeError, "H of q to be at least 1"),
     ("sparse", lambda q, k, v: va.attention(q.to_sparse(), k, v), RuntimeError, "strided"),
     ("pattern", lambda q, k, v: va.attention(q, k, v, "global"), TypeError, "pattern='global'"),
-    ("pattern class", lambda q, k, v: va.attention(q, k, v, va.Global), TypeError, "pattern="),
+    ("pattern class", lambda q, k, v: va.attention(q, k, v, va.Global), TypeError, "pattern=the class Global"),
+    ("pattern a term", lambda q, k, v: va.attention(q, k, v, va.KeyBias(q)), TypeError, "pattern=KeyBias$"),
+    ("pattern a tensor", lambda q, k, v: va.attention(q, k, v, q), TypeError, "pattern=Tensor$"),
     ("scale", lambda q, k, v: va.attention(q, k, v, scale="1"), TypeError, "scale='1'"),
     ("scale", lambda q, k, v: va.attention(q, k, v, scale=True), TypeError, "scale=True"),
     ("terms", lambda q, k, v: va.attention(q, k, v, terms=3), TypeError, "terms=3"),
-    ("term", attend(WINDOW, 3), TypeError, r"terms=\(3,\)"),
-    ("term class", attend(WINDOW, va.KeyBias), TypeError, "every term to be a term"),
-    ("terms alone", lambda q, k, v: va.attention(q, k, v, terms=va.KeyBias(q)), TypeError, "a tuple of terms"),
+    ("term", attend(WINDOW, 3), TypeError, r"terms\[0\]=3"),
+    ("term class", attend(WINDOW, va.KeyBias), TypeError, "every term to be a term.*=the class KeyBias$"),
+    ("term a tensor", lambda q, k, v: va.attention(q, k, v, terms=(q,)), TypeError, r"terms\[0\]=Tensor$"),
+    ("terms alone", lambda q, k, v: va.attention(q, k, v, terms=va.KeyBias(q)), TypeError, "a tuple.*terms=KeyBias$"),
+    ("return_lse", lambda q, k, v: va.attention(q, k, v, return_lse="no"), TypeError, "a bool.*return_lse='no'"),
     ("term twice", attend(WINDOW, *[va.KeyBias(zeros(2, 3, 4))] * 2), ValueError, r"at most one.*\(KeyBias, KeyBias\)"),
     ("no tensor", lambda q, k, v: va.RelativeBias([1]), TypeError, "table=list"),
     ("no tensor", lambda q, k, v: va.RelativeQuery(1.0), TypeError, "rel_h=float"),
@@ -112,18 +116,27 @@ BAD = [
     ("bias shape", attend(WINDOW, va.RelativeBias(zeros(3, 5))), RuntimeError, r"heads, 2Kh-1, 2Kw-1.*\[3, 5\]"),
     ("bias dtype", attend(WINDOW, va.RelativeBias(zeros(2, 3, 5).half())), RuntimeError, "RelativeBias.table.dtype"),
     ("key bias", attend(WINDOW, va.KeyBias(zeros(2, 4, 3))), RuntimeError, r"\[2, 3, 4\] or \[2, 3, 4, 2\]"),
-    ("key bias", attend(WINDOW, va.KeyBias(zeros(1, 3, 4))), RuntimeError, r"=\[1, 3, 4\] and q.shape"),
+    ("key bias", attend(WINDOW, va.KeyBias(zeros(1, 3, 4))), RuntimeError, r"=\[1, 3, 4\], k.shape=\[2,.* and q.shape"),
     ("key bias", attend(WINDOW, va.KeyBias(zeros(2, 3, 4).int())), RuntimeError, "KeyBias.bias.dtype=torch.int32"),
     (
         "two grids",
         attend(va.Global(), va.RelativeBias(zeros(2, 5, 7)), keys=slice(2)),
-        ValueError,
-        "one size, as RelativeBias needs.*q grid=3x4 and k grid=2x4",
+        RuntimeError,
+        r"one grid, as RelativeBias needs.*q.shape=\[2, 3, 4, 2, 8\] and k.shape=\[2, 2, 4, 2, 8\]",
     ),
-    ("two grids", attend(va.Global(), va.RelativeValue(zeros(5, 8)), keys=slice(1)), ValueError, "k grid=1x4"),
+    ("two grids", attend(va.Global(), va.RelativeValue(zeros(5, 8)), keys=slice(1)), RuntimeError, "as RelativeValue"),
     *(
-        ("two grids", attend(pattern, keys=slice(2)), ValueError, "q grid=3x4 and k grid=2x4")
+        (
+            "two grids",
+            attend(pattern, keys=slice(2)),
+            RuntimeError,
+            rf"one grid, as {type(pattern).__name__}\(.*q.shape=\[2, 3, 4, 2, 8\] and k.shape=\[2, 2, 4, 2, 8\]",
+        )
         for pattern in (WINDOW, va.Grid(2), va.Neighborhood(1), va.Row(), va.Column(), va.CrissCross())
+    ),
+    *(
+        ("two grids, no tensors", lambda *_, p=pattern: p.check(Size(3, 4), Size(2, 4)), ValueError, "s=3x4 and keys=2")
+        for pattern in (va.Row(), va.Neighborhood(1, border="mask"))
     ),
     ("window", lambda q, k, v: va.Window(0), ValueError, "window_size of at least 1.*window_size=0"),
     ("huge", lambda q, k, v: va.Window((2**31, 1)), ValueError, "window_size of at most 2147483647.*2147483648, 1"),
@@ -131,6 +144,7 @@ BAD = [
     ("window", lambda q, k, v: va.Window(2.0), TypeError, "an integer or a pair.*window_size=2.0"),
     ("window", lambda q, k, v: va.Window(True), TypeError, "window_size=True"),
     ("window", lambda q, k, v: va.Window("7"), TypeError, "window_size='7'"),
+    ("window", lambda q, k, v: va.Window(q), TypeError, "window_size=Tensor$"),
     ("window", lambda q, k, v: va.Window((1, 2, 3)), ValueError, r"window_size=\(1, 2, 3\)"),
     ("shift", lambda q, k, v: va.Window((2, 3), 2), ValueError, r"0 <= shift < window_size.*\(2, 3\).*shift=2"),
     ("shift", lambda q, k, v: va.Window(2, -1), ValueError, "shift=-1"),
@@ -161,7 +175,7 @@ BAD = [
     ("points", lambda q, k, v: va.attention_map(q, k, [(3, 0)]), ValueError, r"0 <= y < 3 and 0 <= x < 4.*\(3, 0\)"),
     ("points", lambda q, k, v: va.attention_map(q, k, [(0, -1)]), ValueError, r"at=\(0, -1\)"),
     ("points", lambda q, k, v: va.attention_map(q, k, [(0.5, 1)]), TypeError, "pairs of integers"),
-    ("points", lambda q, k, v: va.attention_map(q, k, [(0, 1, 2)]), ValueError, r"at=\[\(0, 1, 2\)\]"),
+    ("points", lambda q, k, v: va.attention_map(q, k, [(0, 1, 2)]), ValueError, r"at\[0\]=\(0, 1, 2\)"),
     ("points", lambda q, k, v: va.attention_map(q, k, torch.zeros(1, 3).int()), ValueError, r"at.shape=\[1, 3\]"),
     ("points", lambda q, k, v: va.attention_map(q, k, torch.zeros(1, 2)), TypeError, "at.dtype=torch.float32"),
     ("points", lambda q, k, v: va.attention_map(q, k, {(0, 0)}), TypeError, "a sequence of pairs"),
@@ -173,14 +187,21 @@ BAD = [
     ),
     ("explain", lambda q, k, v: va.explain(q), TypeError, "k=NoneType"),
     ("explain", lambda q, k, v: va.explain(q, k, v, terms=5), TypeError, "terms=5"),
-    ("points", lambda q, k, v: va.attention_map(q, k, [(0, 1), 2]), TypeError, "pairs"),
+    ("explain", lambda q, k, v: va.explain(terms=5), TypeError, "terms=5"),
+    ("explain", lambda q, k, v: va.explain(pattern="bogus"), TypeError, "pattern='bogus'"),
+    ("explain", lambda q, k, v: va.explain(scale="1"), TypeError, "scale='1'"),
+    ("points", lambda q, k, v: va.attention_map(q, k, [(0, 1), 2]), TypeError, r"pairs.*at\[1\]=2"),
+    ("points", lambda q, k, v: va.attention_map(q, k, [(True, False)]), TypeError, r"at\[0\]=\(True, False\)"),
+    ("points", lambda q, k, v: va.attention_map(q, k, [[q, 0]]), TypeError, r"at\[0\]=\[Tensor, 0\]$"),
     ("points", lambda q, k, v: va.attention_map(q, k, 3), TypeError, "at=3"),
     ("heads_last", lambda q, k, v: va.heads_last(q), RuntimeError, r"x of shape \[B, C, H, W\]"),
-    ("heads_last", lambda q, k, v: va.heads_last(q[0], 3), ValueError, "divide the 3 channels|heads=3"),
+    ("heads_last", lambda q, k, v: va.heads_last(q[0], 3), ValueError, "divide the 4 channels.*heads=3"),
     ("heads_last", lambda q, k, v: va.heads_last(q[0], 1.0), TypeError, "heads=1.0"),
-    ("channels_first", lambda q, k, v: va.channels_first(q[0]), RuntimeError, "y.shape"),
+    ("channels_first", lambda q, k, v: va.channels_first(q[0]), RuntimeError, r"y.shape=\[3, 4, 2, 8\]$"),
     ("merge", lambda q, k, v: va.merge([]), ValueError, "at least one part"),
     ("merge", lambda q, k, v: va.merge(q), TypeError, "parts=Tensor"),
+    ("merge", lambda q, k, v: va.merge([1]), TypeError, r"parts\[0\]=1$"),
+    ("merge", lambda q, k, v: va.merge([(q, q), (q, q, q)]), TypeError, r"parts\[1\]=\(Tensor, Tensor, Tensor\)$"),
     ("merge", lambda q, k, v: va.merge([(q, q)]), RuntimeError, r"\[2, 3, 4, 2, 8\] and \[2, 3, 4, 2, 8\]"),
     ("merge", lambda q, k, v: va.merge([(q, q[..., 0]), (q[:1], q[:1, ..., 0])]), RuntimeError, "same shape"),
 ]
@@ -346,6 +367,21 @@ def test_value_terms_change_no_weight(backend: str) -> None:
     assert torch.equal(rows, va.attention_map(q, k, [(0, 0)], va.Row(3), backend=backend))
     sums = va.attention_received(q, k, va.Window(2), terms=(va.RelativeValue(zeros(3, 5)),), backend=backend)
     assert torch.equal(sums, va.attention_received(q, k, va.Window(2), backend=backend))
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_engine)])
+def test_what_rows_and_columns_of_the_map_sum_to(backend: str) -> None:
+    """1 for each query, less what zeros around the map take; 0 for a query with no key."""
+    q = torch.zeros(1, 3, 3, 2, 4)
+    for pattern, total in ((va.Global(), 9), (va.Neighborhood(3, border="zero"), 49 / 9)):  # 4+6+4, 6+9+6, 4+6+4 ninths
+        rows = va.attention_map(q, q, [(0, 0), (1, 1)], pattern, backend=backend).sum((-2, -1))
+        wanted = torch.tensor([1.0 if total == 9 else 4 / 9, 1.0])[None, :, None].expand(1, 2, 2)
+        torch.testing.assert_close(rows, wanted)
+        received = va.attention_received(q, q, pattern, backend=backend).sum()
+        torch.testing.assert_close(received, torch.tensor(2.0 * total))
+    nothing = (va.KeyBias(torch.full((1, 3, 3), -torch.inf)),)
+    assert va.attention_map(q, q, [(0, 0)], terms=nothing, backend=backend).eq(0).all()
+    assert va.attention_received(q, q, terms=nothing, backend=backend).eq(0).all()
 
 
 @needs_engine

@@ -12,6 +12,8 @@ Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")
 testing = pytest.importorskip("typer.testing")
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
+
 import visattn_kernels as va  # noqa: E402
 from visattn_kernels.patterns import PATTERN_KINDS  # noqa: E402
 from visattn_kernels.viz import app as command  # noqa: E402
@@ -92,12 +94,23 @@ def test_a_pattern_is_named_by_its_call(pattern, text):
     assert gallery.call(pattern) == text
 
 
+def test_keys_outside_the_map_keep_clear_of_the_titles():
+    figure = gallery.sheet()
+    FigureCanvasAgg(figure).draw()
+    for panel, place in zip(gallery.PANELS, figure.axes, strict=False):
+        _, top = place.transData.transform((0, -0.5 - gallery.OUTSIDE))
+        assert place.title.get_window_extent().y0 > top + 1, gallery.call(panel.pattern)
+    note = figure.texts[0].get_window_extent()
+    assert 0 <= note.x0 < note.x1 <= figure.bbox.width
+
+
 def test_a_page_and_refusals(folder):
     assert visattn("patterns", "-o", "p.pdf").exit_code == 0
     assert Path("p.pdf").read_bytes().startswith(b"%PDF")
     result = visattn("patterns", "-o", "p.gif")
     assert result.exit_code == 2
     assert result.stderr.startswith("visattn: expected --output to end in .png or .pdf")
+    assert visattn("patterns", "-o", "").stderr.endswith("but got --output=''\n")
     assert [path.name for path in folder.iterdir()] == ["p.pdf"]
 
 

@@ -7,10 +7,11 @@ from types import ModuleType
 
 import compiled
 import pytest
+from cases import PATTERNS
 from geometry_rules import axis_patterns, fits, grid_patterns, hold_axis, hold_criss_cross, hold_grids
 
 import visattn_kernels as va
-from visattn_kernels.patterns import PATTERN_FIELDS, Pattern, Size
+from visattn_kernels.patterns import PATTERN_FIELDS, PATTERN_KINDS, Pattern, Size
 
 LENGTH, DILATED_LENGTH = 9, 12
 GRIDS = [Size(h, w) for h in range(1, LENGTH + 1) for w in range(1, LENGTH + 1)]
@@ -36,6 +37,14 @@ def test_grids(geometry: ModuleType, pattern: Pattern) -> None:
     for grid in GRIDS:
         if fits(pattern, grid):
             hold(hold_grids, geometry, pattern, grid, grid)
+
+
+def test_every_kind_is_held() -> None:
+    """No kind is left out here, nor in the table of cases."""
+    kinds = lambda patterns: {type(pattern).__name__ for pattern in patterns}
+    assert kinds(grid_patterns()) == set(PATTERN_KINDS)
+    assert kinds(axis_patterns(0, 3)) == kinds(axis_patterns(1, 3)) == set(PATTERN_KINDS) - {"CrissCross"}
+    assert kinds(pattern for pattern, _ in PATTERNS) | {"Global"} == set(PATTERN_KINDS)
 
 
 def test_parts_of_criss_cross(geometry: ModuleType) -> None:

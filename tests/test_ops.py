@@ -131,6 +131,14 @@ def test_autocast_casts_terms(dtype: torch.dtype) -> None:
     assert [x.dtype for x in grads] == [torch.float32] * len(leaves)
 
 
+@pytest.mark.parametrize(("bias", "lse"), [(-65519.0, -65504.0), (-65521.0, -torch.inf)])
+def test_autocast_to_float16_ends_at_its_range(bias: float, lse: float) -> None:
+    q = torch.zeros(1, 1, 1, 1, 4)
+    with torch.autocast("cpu", dtype=torch.float16):
+        got = va.attention(q, q, q, terms=(va.KeyBias(torch.tensor([[[bias]]])),), return_lse=True)[1]
+    assert float(got) == lse
+
+
 @pytest.mark.parametrize("case", [LOCAL[1], LOCAL[4]], ids=lambda case: case.id)
 def test_vmap_with_terms(case: Case) -> None:
     tensors = inputs(case)
@@ -194,6 +202,51 @@ def test_no_graph_break() -> None:
     torch._dynamo.reset()
     explanation = torch._dynamo.explain(everything)(x)
     assert explanation.graph_break_count == 0, explanation.break_reasons
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_a_map_that_is_only_read_compiles(backend: str) -> None:
+    """Parameters require grad, and so do the map's rows and sums: nothing raises until their gradient is asked for."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project, self.bias = torch.nn.Conv2d(4, 8, 1), torch.nn.Parameter(torch.randn(1, 4, 5))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            q = va.heads_last(self.project(x), 2)
+            terms = (va.KeyBias(self.bias),)
+            rows = va.attention_map(q, q, [(0, 1)], terms=terms)
+            return va.attention(q, q, q, terms=terms), va.attention_received(q, q, terms=terms), rows
+
+    torch._dynamo.reset()
+    layer, x = Layer(), torch.randn(1, 4, 4, 5)
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    results = []
+    for module in (layer, compiled):
+        outputs = module(x)
+        results.append((outputs, torch.autograd.grad(outputs[0].sin().sum(), [*layer.parameters()])))
+    torch.testing.assert_close(*results)
+    for result, what in ((1, "attention_received"), (2, "attention_map")):
+        with pytest.raises(NotImplementedError, match=rf'visattn: .*no gradient of {what}.*backend="reference"'):
+            compiled(x)[result].sum().backward()
+
+
+def test_refused_gradients() -> None:
+    """A map's gradient is refused by vmap too, and what a gradient of zeros gives has no silent gradient of its own."""
+    q = inputs(Case())["q"].requires_grad_()
+    refused = pytest.raises(NotImplementedError, match="no gradient of attention_received")
+    sums = va.attention_received(q, q)
+    with refused:
+        torch.autograd.grad(sums, q, torch.randn(3, *sums.shape), is_grads_batched=True)
+    with refused:
+        torch.vmap(lambda x: va.attention_received(x, x))(q[None]).sum().backward()
+    zeros = torch.zeros_like(sums).requires_grad_()
+    (grad,) = torch.autograd.grad(va.attention_received(q, q), q, zeros, create_graph=True)
+    assert torch.equal(grad, torch.zeros_like(q))
+    with pytest.raises(NotImplementedError, match="double backward"):
+        grad.sum().backward()
+    torch.library.opcheck(torch.ops.visattn.refuse_gradient.default, (zeros.detach(), "a test"))
 
 
 def test_errors_are_of_the_same_type_under_compile() -> None:
@@ -273,6 +326,16 @@ def test_vmap_over_points_and_over_nothing() -> None:
     assert torch.equal(got, torch.stack([va.attention_map(q, k, points) for points in at]))
     nothing = torch.zeros(0, *q.shape)
     assert torch.vmap(lambda x: va.attention(x, x, x))(nothing).shape == (0, *q.shape)
+    bias = torch.zeros(q.shape[:3])
+    tables = torch.zeros(0, 2, 5, 5, requires_grad=True)  # shared by the maps of a slice, of which there is none
+    for terms in (lambda _: (va.KeyBias(bias),), lambda table: (va.RelativeBias(table),)):
+        f = lambda x, table, terms=terms: va.attention(x, x, x, va.Window(3), terms=terms(table), return_lse=True)
+        for dim in (0, 2):
+            out, lse = torch.vmap(f, in_dims=(dim, 0))(nothing.movedim(0, dim), tables)
+            assert (out.shape, lse.shape) == ((0, *q.shape), (0, *q.shape[:4]))
+    assert torch.autograd.grad(out.sum() + lse.sum(), tables)[0].shape == tables.shape
+    rows = torch.vmap(lambda x: va.attention_map(x, x, [(0, 1)], terms=(va.KeyBias(bias),)))(nothing)
+    assert rows.shape == (0, q.shape[0], 1, q.shape[3], *q.shape[1:3])
 
 
 @pytest.mark.parametrize("which", ["attention", "attention_map", "attention_received"])
@@ -294,6 +357,46 @@ def test_forward_mode_raises_and_is_never_silently_wrong(which: str) -> None:
         call(q)  # no tangent: nothing to refuse
         with pytest.raises(NotImplementedError, match="forward-mode"):
             call(torch.autograd.forward_ad.make_dual(q, q))
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f, q: torch.func.grad(lambda x: f(x).sum())(q),
+        lambda f, q: torch.func.vjp(f, q)[1](f(q)),
+        lambda f, q: torch.func.jacrev(f)(q),
+        lambda f, q: torch.vmap(torch.func.grad(lambda x: f(x).sum()))(q[None]),
+        lambda f, q: torch.func.grad(lambda x: torch.vmap(f)(x[None]).sum())(q),
+    ],
+    ids=["grad", "vjp", "jacrev", "vmap-grad", "grad-vmap"],
+)
+def test_torch_func_raises_and_names_the_alternative(transform) -> None:
+    q = inputs(Case(dtype=torch.float64, batch=1, queries=(2, 2), keys=(2, 2), heads=1, kv_heads=1))["k"]
+    calls = (
+        lambda x, backend: va.attention(x, x, x, backend=backend),
+        lambda x, backend: va.attention_received(q, x, backend=backend),
+        lambda x, backend: va.attention_map(x, q, [(0, 0)], backend=backend),
+        lambda x, backend: va.attention(q, q, q, terms=(va.KeyBias(x[..., 0]),), backend=backend),
+    )
+    for call in calls:
+        with pytest.raises(NotImplementedError, match=r'visattn: .*torch.func.grad.*backend="reference"'):
+            transform(lambda x, call=call: call(x, "cpu"), q)
+        transform(lambda x, call=call: call(x, "reference"), q)
+        leaf = q.clone().requires_grad_()  # outside of the transform: nothing to refuse
+        torch.vmap(lambda x, call=call: call(x, "cpu"))(leaf[None])
+
+
+def test_torch_func_takes_what_wants_no_gradient() -> None:
+    q = inputs(Case())["q"]
+
+    def constant(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return va.attention(x, q, q).sum()
+
+    for function in (constant, lambda x: va.attention(x.detach(), q, q).sum()):
+        grad, value = torch.func.grad_and_value(lambda x, f=function: f(x) + x.sum())(q)
+        assert torch.equal(grad, torch.ones_like(q))
+        torch.testing.assert_close(value, function(q) + q.sum())
 
 
 def test_fakes_check_what_kernels_check() -> None:

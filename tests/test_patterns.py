@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
 
 import by_hand
 import pytest
 import torch
 
 import visattn_kernels as va
+from visattn_kernels import patterns as module
 from visattn_kernels.patterns import PATTERN_FIELDS, PATTERN_KINDS, Pattern, Size
 
 GRIDS = [*(Size(h, w) for h in range(1, 7) for w in range(1, 7)), Size(12, 10)]
@@ -114,6 +117,24 @@ def test_encoding(pattern: Pattern, fields: dict[str, int]) -> None:
     kind = PATTERN_KINDS.index(type(pattern).__name__)
     named = dict(zip(PATTERN_FIELDS, pattern.encode(), strict=True))
     assert named == {**dict.fromkeys(PATTERN_FIELDS, 0), "kind": kind, **fields}
+
+
+def test_the_pattern_of_the_documentation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class that docs/extending.md shows: what it sees, and what it says of a wrong height."""
+    document = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
+    names = dict(vars(module))
+    exec(re.search(r"```python\n(.+?)```", document, re.S)[1], names)
+    stripes = names["Stripes"]
+    mask = stripes(2).mask(Size(5, 3), Size(5, 3))
+    assert mask[4, 1].any(1).tolist() == [False] * 4 + [True]
+    assert mask[2, 0].sum(1).tolist() == [0, 0, 3, 3, 0]
+    monkeypatch.setattr(module, "PATTERN_KINDS", (*PATTERN_KINDS, "Stripes"))
+    assert dict(zip(PATTERN_FIELDS, stripes(2).encode(), strict=True))["size_h"] == 2
+    for wrong, kind in ((0, ValueError), (2**31, ValueError), ((1, 2), TypeError), (True, TypeError)):
+        with pytest.raises(kind, match=re.escape(f"height={wrong}")):
+            stripes(wrong)
+    with pytest.raises(ValueError, match="one grid, as Stripes"):
+        stripes(2).check(Size(5, 3), Size(4, 3))
 
 
 def test_sizes_are_pairs() -> None:

@@ -8,9 +8,9 @@ from typing import Any, Literal, overload
 import torch
 
 from visattn_kernels import backends, ops, reference
-from visattn_kernels.errors import expected, tensor
+from visattn_kernels.errors import expected, tensor, told
 from visattn_kernels.patterns import Global, Pattern
-from visattn_kernels.problem import Problem, check_map, make_problem
+from visattn_kernels.problem import Problem, check_map, check_options, make_problem
 from visattn_kernels.terms import Term, cast, scales, tensors_of
 
 _GLOBAL = Global()
@@ -87,8 +87,8 @@ def attention(
         TypeError: an argument is of the wrong Python type.
         ValueError: the pattern or a term does not fit the grids, a term comes twice, or `backend` is no backend's name.
         RuntimeError: tensors disagree in rank, shape, dtype or device, or a forced backend cannot run this.
-        NotImplementedError: derivatives that are not there: forward-mode ones, and in the backward second ones. With
-            `backend="reference"` all are.
+        NotImplementedError: derivatives that are not there: forward-mode ones, those of `torch.func`, and in the
+            backward second ones. With `backend="reference"` all are.
 
     Memory:
         out and lse, and scratch memory per thread that grows with D and Dv and, with relative terms, with the pattern's
@@ -101,6 +101,8 @@ def attention(
         Vaswani et al., 2017, equation 1; the online softmax of Milakov and Gimelshein, 2018; the tiling and the
         recomputation in the backward of Dao et al., 2022. Patterns and terms name their own.
     """
+    if not isinstance(return_lse, bool):
+        raise expected("return_lse to be a bool", "return_lse", told(return_lse), TypeError)
     q, k, v = ops.autocast(tensor(q, "q"), tensor(k, "k"), tensor(v, "v"))
     terms = _autocast(terms, q)
     problem = make_problem(q, k, v, pattern, scale, terms)
@@ -109,7 +111,7 @@ def attention(
         out, lse = reference.attention(q, k, v, pattern, scale=problem.scale, terms=terms)
     else:
         extra = tensors_of(terms)
-        ops.refuse_tangents(q, k, v, *extra)
+        ops.refuse_transforms(q, k, v, *extra)
         out, lse = ops.operator(name, "forward")(q, k, v, *extra, *_call(problem, terms))
     return (out, lse) if return_lse else out
 
@@ -145,12 +147,13 @@ def attention_map(
         pattern, scale, terms, backend: as in `attention`.
 
     Returns:
-        Tensor[B, P, heads, Hk, Wk], float32 (float64 for float64 inputs); each row sums to 1, zeros outside the
-        pattern. Not differentiable except with `backend="reference"`.
+        Tensor[B, P, heads, Hk, Wk], float32 (float64 for float64 inputs), zeros outside the pattern. A row sums to 1,
+        less what border="zero" gives to the zeros around the map; to 0 where a query has no key.
 
     Raises:
         ValueError: a point lies outside the query grid, or is no pair.
         TypeError, RuntimeError: as `attention`.
+        NotImplementedError: its gradient is asked for, except with `backend="reference"`.
 
     Memory:
         The result, two numbers per point and head, and scratch memory per thread as `attention` has it.
@@ -163,7 +166,7 @@ def attention_map(
     if name == "reference":
         return reference.attention_map(q, k, points, pattern, scale=problem.scale, terms=terms)
     extra = tensors_of(terms, values=False)
-    ops.refuse_tangents(q, k, *extra)
+    ops.refuse_transforms(q, k, *extra)
     rows: torch.Tensor = ops.operator(name, "map")(q, k, *extra, points, *_call(problem, terms))
     return rows
 
@@ -181,12 +184,12 @@ def _points(at: Sequence[tuple[int, int]] | torch.Tensor, problem: Problem) -> t
             _check_inside(at.tolist(), problem)
         return at.to(torch.int64)
     if not isinstance(at, Sequence) or isinstance(at, str):
-        raise expected(rule, "at", repr(at), TypeError)
-    for point in at:
-        if not isinstance(point, Sequence) or not all(isinstance(i, int) for i in point):
-            raise expected(rule, "at", repr(at), TypeError)
+        raise expected(rule, "at", told(at), TypeError)
+    for i, point in enumerate(at):
+        if not isinstance(point, Sequence) or any(isinstance(x, bool) or not isinstance(x, int) for x in point):
+            raise expected(rule, f"at[{i}]", told(point), TypeError)
         if len(point) != 2:
-            raise expected(rule, "at", repr(at), ValueError)
+            raise expected(rule, f"at[{i}]", told(point), ValueError)
     _check_inside(at, problem)
     return torch.tensor([list(point) for point in at], dtype=torch.int64).reshape(-1, 2)
 
@@ -219,10 +222,12 @@ def attention_received(
 
     Returns:
         Tensor[B, Hk, Wk, kv_heads], float32 (float64 for float64 inputs), summed over the query heads that share
-        a key head; its total is `H * W * heads` per map. Not differentiable except with `backend="reference"`.
+        a key head. Its total per map is `H * W * heads`, less what border="zero" gives to the zeros around the map
+        and 1 for each query and head with no key.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `attention`.
+        NotImplementedError: its gradient is asked for, except with `backend="reference"`.
 
     Memory:
         The result, two numbers per query and head, and scratch memory per thread as `attention` has it.
@@ -234,7 +239,7 @@ def attention_received(
     if name == "reference":
         return reference.attention_received(q, k, pattern, scale=problem.scale, terms=terms)
     extra = tensors_of(terms, values=False)
-    ops.refuse_tangents(q, k, *extra)
+    ops.refuse_transforms(q, k, *extra)
     sums: torch.Tensor = ops.operator(name, "received")(q, k, *extra, *_call(problem, terms))
     return sums
 
@@ -256,8 +261,12 @@ def merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Ten
         ValueError: there is no part.
         RuntimeError: the parts disagree in shape, dtype or device.
     """
-    if not isinstance(parts, Sequence) or not all(isinstance(part, Sequence) and len(part) == 2 for part in parts):
-        raise expected("parts to be a sequence of pairs (out, lse)", "parts", type(parts).__name__, TypeError)
+    rule = "parts to be a sequence of pairs (out, lse)"
+    if not isinstance(parts, Sequence):
+        raise expected(rule, "parts", told(parts), TypeError)
+    for i, part in enumerate(parts):
+        if not isinstance(part, Sequence) or len(part) != 2:
+            raise expected(rule, f"parts[{i}]", told(part), TypeError)
     if not parts:
         raise expected("at least one part", "parts", parts, ValueError)
     first_out, first_lse = tensor(parts[0][0], "parts[0][0]"), tensor(parts[0][1], "parts[0][1]")
@@ -309,6 +318,7 @@ def explain(
     Returns:
         A text of one line per backend. Print it.
     """
+    check_options(pattern, scale, terms)
     problem = None
     if q is not None or k is not None or v is not None:
         maps = [tensor(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v")) if name != "v" or x is not None]
@@ -342,7 +352,7 @@ def heads_last(x: torch.Tensor, heads: int = 1) -> torch.Tensor:
     """
     tensor(x, "x")
     if isinstance(heads, bool) or not isinstance(heads, int):
-        raise expected("heads to be an integer", "heads", repr(heads), TypeError)
+        raise expected("heads to be an integer", "heads", told(heads), TypeError)
     if x.dim() != 4:
         raise expected("x of shape [B, C, H, W]", "x.shape", list(x.shape), RuntimeError)
     if heads < 1 or x.shape[1] % heads != 0:
@@ -363,5 +373,5 @@ def channels_first(y: torch.Tensor) -> torch.Tensor:
     Raises:
         TypeError, RuntimeError: `y` is not such a tensor.
     """
-    check_map(y, "y")
+    check_map(y, "y", hint="")
     return y.permute(0, 3, 4, 1, 2).flatten(1, 2)

@@ -23,6 +23,16 @@ def expected(rule: str, argument: str, value: object, kind: type[E], hint: str =
     return kind(f"{message}. {hint}" if hint else message)
 
 
+def told(value: object) -> str:
+    """A value as a message shows it: itself where it is plain, else its type; a tensor would fill the screen."""
+    if isinstance(value, (tuple, list)):
+        inner = ", ".join(map(told, value))
+        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' * (len(value) == 1)})"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return repr(value) if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
+
+
 def tensor(value: object, argument: str) -> torch.Tensor:
     """Return `value` if it is a tensor, else raise TypeError."""
     if not isinstance(value, torch.Tensor):

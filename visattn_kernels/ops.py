@@ -7,6 +7,8 @@ Each backend with kernels has a family of four operators, made from one set of s
     visattn::<backend>_map        rows of the map
     visattn::<backend>_received   column sums of the map
 
+and all share visattn::refuse_gradient, which stands where a gradient is not there.
+
 They are declared here, in Python, so that they exist with no compiled part; a backend only adds the kernels. The
 schemas hold every pattern (a list of integers) and every term (optional tensors) of the library.
 """
@@ -62,16 +64,31 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
-def refuse_tangents(*tensors: torch.Tensor | None) -> None:
-    """Raise if a tensor carries a tangent: torch would drop it, and a derivative be silently wrong."""
+def refuse_transforms(*tensors: torch.Tensor | None) -> None:
+    """Raise for derivatives that torch would drop, silently wrong (forward mode), or refuse obscurely (torch.func)."""
+    present = [x for x in tensors if x is not None]
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and any(map(_tracked, present)):
+        raise NotImplementedError(
+            "visattn: expected no torch.func.grad, vjp or jacrev, which torch keeps from custom operators; "
+            'backend="reference" has them, and so has ordinary autograd, also through torch.vmap'
+        )
     if forward_ad._current_level < 0:
         return
-    present = [x for x in tensors if x is not None]
     if any(forward_ad.unpack_dual(x).tangent is not None for x in present):  # type: ignore[no-untyped-call]
         raise NotImplementedError(
             "visattn: expected no forward-mode derivative, which is not there yet; "
             'backend="reference" has derivatives of every mode and order'
         )
+
+
+def _tracked(x: torch.Tensor) -> bool:
+    """Whether a transform of torch.func wants the gradient of a tensor, under any number of others."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_gradtrackingtensor(x) and x.requires_grad:
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def _fake_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
@@ -130,12 +147,44 @@ def _raise_on(what: str) -> Callable[..., NoReturn]:
     """An autograd formula for what is not differentiable: it says so."""
 
     def backward(ctx: Any, *grads: Any) -> NoReturn:
-        raise NotImplementedError(
-            f"visattn: expected no gradient of {what}, which is not there yet; "
-            'backend="reference" is differentiable any number of times'
+        _refuse(what)
+
+    return backward
+
+
+def _refuse(what: str) -> NoReturn:
+    raise NotImplementedError(
+        f"visattn: expected no gradient of {what}, which is not there yet; "
+        'backend="reference" is differentiable any number of times'
+    )
+
+
+def _save_shapes(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.shapes = [x.shape if isinstance(x, torch.Tensor) else None for x in inputs]
+
+
+def _raise_when_run(what: str) -> Callable[..., tuple[torch.Tensor | None, ...]]:
+    """As `_raise_on`, but when it is run: `torch.compile` traces the formula of every result, used or not."""
+
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        zero = torch.ops.visattn.refuse_gradient(grad, what)
+        return tuple(
+            zero.expand(shape) if shape is not None and needed else None
+            for shape, needed in zip(ctx.shapes, ctx.needs_input_grad, strict=True)
         )
 
     return backward
+
+
+def _refuse_gradient(grad: torch.Tensor, what: str) -> torch.Tensor:
+    """Raise, or give a zero where the gradient is zero: a compiled backward has zeros for results that nobody used."""
+    if grad.any():
+        _refuse(what)
+    return grad.new_zeros(())
+
+
+def _refuse_batched(info: Any, in_dims: tuple[Any, ...], grad: torch.Tensor, what: str) -> tuple[torch.Tensor, None]:
+    return torch.ops.visattn.refuse_gradient(grad, what), None
 
 
 def _batched(backend: str, which: str, maps: tuple[int, ...]) -> Callable[..., tuple[Any, Any]]:
@@ -169,12 +218,18 @@ def _batched(backend: str, which: str, maps: tuple[int, ...]) -> Callable[..., t
                 for x in ((results,) if single else results)
             )
         else:
+            if size == 0:  # one slice tells the shapes: a sum of nothing, which is zeros and may require grad
+                args = tuple(
+                    x if dim is None else x.sum(dim, keepdim=True, dtype=x.dtype)
+                    for x, dim in zip(args, dims, strict=True)
+                )
             slices = [
                 op(*(x if dim is None else x.select(dim, i) for x, dim in zip(args, dims, strict=True)))
-                for i in range(size)
+                for i in range(size or 1)
             ]
             single = isinstance(slices[0], torch.Tensor)
-            results = (torch.stack(slices),) if single else tuple(map(torch.stack, zip(*slices, strict=True)))
+            slices = [(x,) for x in slices] if single else slices
+            results = tuple(torch.stack(x)[:size] for x in zip(*slices, strict=True))
         return (results[0], 0) if single else (results, (0,) * len(results))
 
     first_term = {"forward": 3, "backward": 5, "map": 2, "received": 2}[which]
@@ -198,17 +253,26 @@ def _declare(backend: str) -> None:
         qualified = f"visattn::{name}"
         torch.library.register_fake(qualified, _FAKES[which], lib=_library)
         torch.library.register_vmap(qualified, _batched(backend, which, _MAPS[which]), lib=_library)
-    gradients: Sequence[tuple[str, Callable[..., Any]]] = (
-        ("backward", _raise_on("a gradient (double backward)")),
-        ("map", _raise_on("attention_map")),
-        ("received", _raise_on("attention_received")),
+    formulas: Sequence[tuple[str, Callable[..., Any], Callable[..., None] | None]] = (
+        ("forward", _differentiate(backend), _save),
+        ("backward", _raise_on("a gradient (double backward)"), None),
+        ("map", _raise_when_run("attention_map"), _save_shapes),
+        ("received", _raise_when_run("attention_received"), _save_shapes),
     )
-    for which, formula in gradients:
-        torch.library.register_autograd(f"visattn::{backend}_{which}", formula, lib=_library)
-    torch.library.register_autograd(
-        f"visattn::{backend}_forward", _differentiate(backend), setup_context=_save, lib=_library
-    )
+    for which, formula, save in formulas:
+        torch.library.register_autograd(f"visattn::{backend}_{which}", formula, setup_context=save, lib=_library)
 
 
+def _declare_refusal() -> None:
+    """Declare the operator that refuses a gradient when it is run, not when it is traced."""
+    name, schema = "visattn::refuse_gradient", "(Tensor grad, str what) -> Tensor"
+    torch.library.define(name, schema, lib=_library, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(name, "CompositeExplicitAutograd", _refuse_gradient, lib=_library)
+    torch.library.register_fake(name, lambda grad, what: grad.new_empty(()), lib=_library)
+    torch.library.register_autograd(name, _raise_on("a gradient (double backward)"), lib=_library)
+    torch.library.register_vmap(name, _refuse_batched, lib=_library)
+
+
+_declare_refusal()
 for _backend in BACKENDS:
     _declare(_backend)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
-from visattn_kernels.errors import expected
+from visattn_kernels.errors import expected, told
 
 PATTERN_FIELDS = (
     "kind",
@@ -60,9 +60,18 @@ class Pattern(ABC):
     offsets follow. With `outside` they also have the positions around the key grid that `margin` tells of.
     """
 
-    @abstractmethod
+    one_grid: ClassVar[bool] = True
+    """Whether queries and keys must lie on one grid."""
+
     def check(self, queries: Size, keys: Size) -> None:
         """Raise if the pattern does not fit these grids."""
+        if self.one_grid and tuple(queries) != tuple(keys):
+            raise expected(
+                f"queries and keys on one grid, as {self} needs",
+                "queries",
+                f"{queries[0]}x{queries[1]} and keys={keys[0]}x{keys[1]}",
+                ValueError,
+            )
 
     @abstractmethod
     def reach(self, queries: Size, keys: Size) -> Pair:
@@ -130,29 +139,18 @@ def encoded(kind: str, **fields: int) -> list[int]:
     return [values[name] for name in PATTERN_FIELDS]
 
 
-def one_size(queries: Size, keys: Size, what: object) -> None:
-    """Raise if the grids of queries and keys differ, for what counts from one to the other."""
-    if tuple(queries) != tuple(keys):
-        raise expected(
-            f"q and k to have grids of one size, as {what} needs",
-            "q grid",
-            f"{queries[0]}x{queries[1]} and k grid={keys[0]}x{keys[1]}",
-            ValueError,
-        )
-
-
 def _pair(value: object, argument: str, least: int) -> Pair:
     """An integer, for both axes, or a pair of them (h, w); none below `least` or above `MOST`."""
     both = value if isinstance(value, (tuple, list)) else (value, value)
     rule = f"{argument} to be an integer or a pair of integers (h, w)"
     if any(isinstance(size, bool) or not isinstance(size, int) for size in both):
-        raise expected(rule, argument, repr(value), TypeError)
+        raise expected(rule, argument, told(value), TypeError)
     if len(both) != 2:
-        raise expected(rule, argument, repr(value), ValueError)
+        raise expected(rule, argument, told(value), ValueError)
     if min(both) < least:
-        raise expected(f"{argument} of at least {least}", argument, repr(value), ValueError)
+        raise expected(f"{argument} of at least {least}", argument, told(value), ValueError)
     if max(both) > MOST:
-        raise expected(f"{argument} of at most {MOST}", argument, repr(value), ValueError)
+        raise expected(f"{argument} of at most {MOST}", argument, told(value), ValueError)
     return (both[0], both[1])
 
 
@@ -175,8 +173,7 @@ class Global(Pattern):
     and Wang, 2018), ViT (Dosovitskiy et al., 2021) and the autoencoder of latent diffusion (Rombach et al., 2022).
     """
 
-    def check(self, queries: Size, keys: Size) -> None:
-        """Every pair of grids fits."""
+    one_grid: ClassVar[bool] = False
 
     def reach(self, queries: Size, keys: Size) -> Pair:
         """The sides of the key grid."""
@@ -217,12 +214,8 @@ class Window(Pattern):
     def __post_init__(self) -> None:
         size, shift = _pair(self.window_size, "window_size", 1), _pair(self.shift, "shift", 0)
         if shift[0] >= size[0] or shift[1] >= size[1]:
-            raise expected(f"0 <= shift < window_size, which is {size}", "shift", repr(self.shift), ValueError)
+            raise expected(f"0 <= shift < window_size, which is {size}", "shift", told(self.shift), ValueError)
         _set(self, window_size=size, shift=shift)
-
-    def check(self, queries: Size, keys: Size) -> None:
-        """The grids must be of one size."""
-        one_size(queries, keys, self)
 
     def reach(self, queries: Size, keys: Size) -> Pair:
         """The sides of a window."""
@@ -254,10 +247,6 @@ class Grid(Pattern):
 
     def __post_init__(self) -> None:
         _set(self, grid_size=_pair(self.grid_size, "grid_size", 1))
-
-    def check(self, queries: Size, keys: Size) -> None:
-        """The grids must be of one size."""
-        one_size(queries, keys, self)
 
     def reach(self, queries: Size, keys: Size) -> Pair:
         """The sides of the grid."""
@@ -311,12 +300,12 @@ class Neighborhood(Pattern):
         causal = self.is_causal if isinstance(self.is_causal, (tuple, list)) else (self.is_causal, self.is_causal)
         rule = "is_causal to be a bool or a pair of them (h, w)"
         if not all(isinstance(flag, bool) for flag in causal):
-            raise expected(rule, "is_causal", repr(self.is_causal), TypeError)
+            raise expected(rule, "is_causal", told(self.is_causal), TypeError)
         if len(causal) != 2:
-            raise expected(rule, "is_causal", repr(self.is_causal), ValueError)
+            raise expected(rule, "is_causal", told(self.is_causal), ValueError)
         if not isinstance(self.border, str) or self.border not in BORDERS:
             kind = ValueError if isinstance(self.border, str) else TypeError
-            raise expected(f"border to be one of {', '.join(BORDERS)}", "border", repr(self.border), kind)
+            raise expected(f"border to be one of {', '.join(BORDERS)}", "border", told(self.border), kind)
         _set(
             self,
             kernel_size=_pair(self.kernel_size, "kernel_size", 1),
@@ -325,8 +314,8 @@ class Neighborhood(Pattern):
         )
 
     def check(self, queries: Size, keys: Size) -> None:
-        """The grids must be of one size, and with border="shift" the kernel must fit."""
-        one_size(queries, keys, self)
+        """The grids must be one, and with border="shift" the kernel must fit."""
+        super().check(queries, keys)
         if self.border != "shift":
             return
         for axis, length in enumerate(keys):
@@ -398,7 +387,7 @@ def _span(value: object) -> None:
         return
     rule = f"span to be an odd integer from 1 to {MOST}, or None for the whole axis"
     if isinstance(value, bool) or not isinstance(value, int):
-        raise expected(rule, "span", repr(value), TypeError)
+        raise expected(rule, "span", told(value), TypeError)
     if not 1 <= value <= MOST or value % 2 == 0:
         raise expected(rule, "span", value, ValueError)
 
@@ -417,10 +406,6 @@ class Row(Pattern):
 
     def __post_init__(self) -> None:
         _span(self.span)
-
-    def check(self, queries: Size, keys: Size) -> None:
-        """The grids must be of one size."""
-        one_size(queries, keys, self)
 
     def reach(self, queries: Size, keys: Size) -> Pair:
         """One row of the span or of the width."""
@@ -448,10 +433,6 @@ class Column(Pattern):
     def __post_init__(self) -> None:
         _span(self.span)
 
-    def check(self, queries: Size, keys: Size) -> None:
-        """The grids must be of one size."""
-        one_size(queries, keys, self)
-
     def reach(self, queries: Size, keys: Size) -> Pair:
         """One column of the span or of the height."""
         return (self.span or keys[0], 1)
@@ -471,10 +452,6 @@ class CrissCross(Pattern):
 
     As in CCNet (Huang et al., 2019, section 3.2). The one pattern that is a union of two products.
     """
-
-    def check(self, queries: Size, keys: Size) -> None:
-        """The grids must be of one size."""
-        one_size(queries, keys, self)
 
     def reach(self, queries: Size, keys: Size) -> Pair:
         """The sides of the key grid."""

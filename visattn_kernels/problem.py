@@ -8,7 +8,7 @@ from numbers import Real
 
 import torch
 
-from visattn_kernels.errors import expected, same, strided
+from visattn_kernels.errors import expected, same, strided, told
 from visattn_kernels.patterns import Pattern, Size
 from visattn_kernels.terms import Term
 
@@ -64,8 +64,10 @@ class Problem:
         )
 
 
-def check_map(value: object, argument: str) -> torch.Tensor:
-    """Check that `value` is one tensor of the layout `[B, H, W, heads, D]`."""
+def check_map(
+    value: object, argument: str, hint: str = "heads_last(x, heads) makes this view of an image [B, C, H, W]."
+) -> torch.Tensor:
+    """Check that `value` is one tensor of the layout `[B, H, W, heads, D]`; the hint is for one of another rank."""
     x = strided(value, argument)
     if x.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
@@ -76,7 +78,7 @@ def check_map(value: object, argument: str) -> torch.Tensor:
             f"{argument}.shape",
             list(x.shape),
             RuntimeError,
-            "heads_last(x, heads) makes this view of an image [B, C, H, W].",
+            hint,
         )
     for size, name in zip(x.shape[1:], ("H", "W", "heads", "Dv" if argument == "v" else "D"), strict=True):
         if size < 1:
@@ -120,36 +122,55 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None) -> N
         )
 
 
+def check_options(pattern: object, scale: object, terms: object) -> None:
+    """Check what can be without tensors.
+
+    Raises:
+        TypeError: an argument has the wrong Python type.
+        ValueError: a term comes twice.
+    """
+    if not isinstance(pattern, Pattern):
+        raise expected("pattern to be a pattern such as Global()", "pattern", told(pattern), TypeError)
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, Real)):
+        raise expected("scale to be a number or None", "scale", told(scale), TypeError)
+    if not isinstance(terms, Sequence) or isinstance(terms, str):
+        raise expected("terms to be a tuple of terms", "terms", told(terms), TypeError)
+    for i, term in enumerate(terms):
+        if not isinstance(term, Term):
+            raise expected("every term to be a term such as RelativeBias(table)", f"terms[{i}]", told(term), TypeError)
+    names = [type(term).__name__ for term in terms]
+    if len(set(names)) < len(names):
+        raise expected("at most one term of each kind", "terms", f"({', '.join(names)})", ValueError)
+
+
 def make_problem(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor | None,
     pattern: Pattern,
     scale: float | None,
-    terms: Sequence[object],
+    terms: Sequence[Term],
 ) -> Problem:
     """Check the arguments of a call and describe it.
 
     Raises:
         TypeError: an argument has the wrong Python type.
-        ValueError: the pattern or a relative term does not fit the grids, or a term comes twice.
+        ValueError: the pattern does not fit the grids, or a term comes twice.
         RuntimeError: tensors, those of terms included, disagree in rank, shape, dtype or device.
     """
     check_tensors(q, k, v)
     heads, kv_heads = q.shape[3], k.shape[3]
-    if not isinstance(pattern, Pattern):
-        raise expected("pattern to be a pattern such as Global()", "pattern", repr(pattern), TypeError)
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, Real)):
-        raise expected("scale to be a number or None", "scale", repr(scale), TypeError)
-    if not isinstance(terms, Sequence) or isinstance(terms, str):
-        raise expected("terms to be a tuple of terms", "terms", repr(terms), TypeError)
-    for term in terms:
-        if not isinstance(term, Term):
-            raise expected("every term to be a term such as RelativeBias(table)", "terms", repr(terms), TypeError)
-    names = tuple(type(term).__name__ for term in terms)
-    if len(set(names)) < len(names):
-        raise expected("at most one term of each kind", "terms", f"({', '.join(names)})", ValueError)
+    check_options(pattern, scale, terms)
     queries, keys = Size(q.shape[1], q.shape[2]), Size(k.shape[1], k.shape[2])
+    parts: tuple[Pattern | Term, ...] = (pattern, *terms)
+    for what in parts:
+        if what.one_grid and queries != keys:
+            raise expected(
+                f"q and k on one grid, as {what if what is pattern else type(what).__name__} needs",
+                "q.shape",
+                f"{list(q.shape)} and k.shape={list(k.shape)}",
+                RuntimeError,
+            )
     pattern.check(queries, keys)
     problem = Problem(
         device=q.device.type,
@@ -163,9 +184,8 @@ def make_problem(
         value_dim=0 if v is None else v.shape[4],
         scale=float(q.shape[4]) ** -0.5 if scale is None else float(scale),
         pattern=pattern,
-        terms=names,
+        terms=tuple(type(term).__name__ for term in terms),
     )
     for term in terms:
-        assert isinstance(term, Term)
-        term.check(problem, q)
+        term.check(problem, q, k)
     return problem

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from visattn_kernels.errors import expected, same, strided, tensor
-from visattn_kernels.patterns import AXES, one_size
+from visattn_kernels.errors import expected, same, strided, tensor, told
+from visattn_kernels.patterns import AXES
 
 if TYPE_CHECKING:
     from visattn_kernels.problem import Problem
@@ -42,9 +42,12 @@ class Term(ABC):
     tensors: ClassVar[dict[str, str]]
     """The fields that hold a tensor (or None), by their name among the operators' arguments."""
 
+    one_grid: ClassVar[bool] = True
+    """Whether queries and keys must lie on one grid, as offsets between them do."""
+
     @abstractmethod
-    def check(self, problem: Problem, q: torch.Tensor) -> None:
-        """Raise if the term does not fit the problem; q tells the dtype and device that its tensors must have."""
+    def check(self, problem: Problem, q: torch.Tensor, k: torch.Tensor) -> None:
+        """Raise if the term does not fit the problem of q and k, whose dtype and device its tensors must have."""
 
     @abstractmethod
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Term:
@@ -100,9 +103,8 @@ class RelativeBias(Term):
     def __post_init__(self) -> None:
         tensor(self.table, "table")
 
-    def check(self, problem: Problem, q: torch.Tensor) -> None:
+    def check(self, problem: Problem, q: torch.Tensor, k: torch.Tensor) -> None:
         """The table has an entry for each head and offset."""
-        one_size(problem.queries, problem.keys, "RelativeBias")
         table = _like_q(self.table, "RelativeBias.table", q)
         reach = problem.pattern.reach(problem.queries, problem.keys)
         shape = [problem.heads, 2 * reach[0] - 1, 2 * reach[1] - 1]
@@ -146,7 +148,7 @@ class RelativeQuery(Term):
         _tables("RelativeQuery", self.rel_h, self.rel_w)
         _factor("RelativeQuery", self.scale)
 
-    def check(self, problem: Problem, q: torch.Tensor) -> None:
+    def check(self, problem: Problem, q: torch.Tensor, k: torch.Tensor) -> None:
         """Each table has a vector as wide as a query for each offset."""
         _check_tables("RelativeQuery", (self.rel_h, self.rel_w), problem, q, ("D", problem.head_dim))
 
@@ -179,7 +181,7 @@ class RelativeKey(Term):
         _tables("RelativeKey", self.rel_h, self.rel_w)
         _factor("RelativeKey", self.scale)
 
-    def check(self, problem: Problem, q: torch.Tensor) -> None:
+    def check(self, problem: Problem, q: torch.Tensor, k: torch.Tensor) -> None:
         """Each table has a vector as wide as a key for each offset."""
         _check_tables("RelativeKey", (self.rel_h, self.rel_w), problem, q, ("D", problem.head_dim))
 
@@ -208,7 +210,7 @@ class RelativeValue(Term):
     def __post_init__(self) -> None:
         _tables("RelativeValue", self.rel_h, self.rel_w)
 
-    def check(self, problem: Problem, q: torch.Tensor) -> None:
+    def check(self, problem: Problem, q: torch.Tensor, k: torch.Tensor) -> None:
         """Each table has a vector as wide as a value for each offset, where there are values."""
         _check_tables("RelativeValue", (self.rel_h, self.rel_w), problem, q, ("Dv", problem.value_dim))
 
@@ -223,6 +225,9 @@ class KeyBias(Term):
 
     Padding masks and saliency; with it `-(q - k)^2`, the similarity of LR-Net (Hu et al., 2019), is a dot product.
 
+    Under autocast the bias is cast as q is: in float16, which ends at -65504, a bias of less than -65520 becomes -inf
+    and removes its key.
+
     Args:
         bias (Tensor[B, Hk, Wk] or Tensor[B, Hk, Wk, heads]): the heads are those of q.
     """
@@ -230,11 +235,12 @@ class KeyBias(Term):
     bias: torch.Tensor
 
     tensors: ClassVar[dict[str, str]] = {"key_bias": "bias"}
+    one_grid: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         tensor(self.bias, "bias")
 
-    def check(self, problem: Problem, q: torch.Tensor) -> None:
+    def check(self, problem: Problem, q: torch.Tensor, k: torch.Tensor) -> None:
         """One number for each key of each map, and maybe head."""
         bias = _like_q(self.bias, "KeyBias.bias", q)
         shape = [problem.batch, *problem.keys]
@@ -242,7 +248,7 @@ class KeyBias(Term):
             raise expected(
                 f"KeyBias.bias of shape {shape} or {[*shape, problem.heads]} ([B, Hk, Wk] or [B, Hk, Wk, heads])",
                 "KeyBias.bias.shape",
-                f"{list(bias.shape)} and q.shape={list(q.shape)}",
+                f"{list(bias.shape)}, k.shape={list(k.shape)} and q.shape={list(q.shape)}",
                 RuntimeError,
             )
 
@@ -268,7 +274,7 @@ def _tables(term: str, rel_h: object, rel_w: object) -> None:
 def _factor(term: str, scale: object) -> None:
     """Check a term's own scale."""
     if isinstance(scale, bool) or not isinstance(scale, Real):
-        raise expected(f"scale of {term} to be a number", "scale", repr(scale), TypeError)
+        raise expected(f"scale of {term} to be a number", "scale", told(scale), TypeError)
 
 
 def _like_q(x: torch.Tensor, argument: str, q: torch.Tensor) -> torch.Tensor:
@@ -301,7 +307,6 @@ def _check_tables(
     width: tuple[str, int],
 ) -> None:
     """Check a term's two tables; `width` is the name and the number of their channels, 0 for any number."""
-    one_size(problem.queries, problem.keys, term)
     reach = problem.pattern.reach(problem.queries, problem.keys)
     for axis, table in enumerate(tables):
         if table is None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from visattn_kernels.backends import cpu, reference
-from visattn_kernels.errors import expected
+from visattn_kernels.errors import expected, told
 from visattn_kernels.problem import Problem
 
 
@@ -56,9 +56,9 @@ def choose(problem: Problem, name: str) -> str:
         RuntimeError: the backend forced by name cannot run the problem; the message lists every reason.
     """
     if not isinstance(name, str):
-        raise expected(f"backend to be one of {', '.join(NAMES)}", "backend", repr(name), TypeError)
+        raise expected(f"backend to be one of {', '.join(NAMES)}", "backend", told(name), TypeError)
     if name not in NAMES:
-        raise expected(f"backend to be one of {', '.join(NAMES)}", "backend", repr(name), ValueError)
+        raise expected(f"backend to be one of {', '.join(NAMES)}", "backend", told(name), ValueError)
     refused: list[str] = []
     for backend in REGISTRY:
         if name not in ("auto", backend.name):
@@ -68,7 +68,7 @@ def choose(problem: Problem, name: str) -> str:
             raise expected(
                 "a backend that can run this problem",
                 "backend",
-                repr(name),
+                told(name),
                 RuntimeError,
                 f"It cannot: {'; '.join(reasons)}. The problem: {problem.describe()}",
             )

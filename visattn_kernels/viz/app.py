@@ -98,7 +98,8 @@ ImageArgument = Annotated[
     ),
 ]
 OutputOption = Annotated[
-    Path, typer.Option("--output", "-o", metavar="FILE", readable=False, help="A .png or .pdf file.")
+    # Not a Path, which makes "." of nothing.
+    str, typer.Option("--output", "-o", metavar="FILE", help="A .png or .pdf file.")
 ]
 SizeOption = Annotated[
     str | None,
@@ -141,7 +142,7 @@ def info() -> None:
 @app.command()
 def attend(
     image: ImageArgument = None,
-    output: OutputOption = Path("attend.png"),
+    output: OutputOption = "attend.png",
     power: Annotated[
         str, typer.Option(metavar="P", help="Exponent of the fourth figure, attentionᵖ × picture; more than 0.")
     ] = "5",
@@ -182,7 +183,7 @@ def attention_map(
             help="A point, row first, counted from 0 at the top left of the picture as resized. May be repeated.",
         ),
     ] = None,
-    output: OutputOption = Path("map.png"),
+    output: OutputOption = "map.png",
     scale: Annotated[
         str | None,
         typer.Option(
@@ -233,7 +234,7 @@ def attention_map(
 
 
 @app.command()
-def patterns(output: OutputOption = Path("patterns.png")) -> None:
+def patterns(output: OutputOption = "patterns.png") -> None:
     """Which keys a query sees: a small map for each pattern, drawn from the library's own masks."""
     target: Target = _drawing("output").check_target(output, None)
     gallery = _drawing("gallery")
@@ -242,7 +243,7 @@ def patterns(output: OutputOption = Path("patterns.png")) -> None:
     _print(str(target.path), label="wrote")
 
 
-def _prepare(image: Path | None, output: Path, size: str | None, sample: str | None) -> tuple[Target, Picture]:
+def _prepare(image: Path | None, output: str, size: str | None, sample: str | None) -> tuple[Target, Picture]:
     """Check the output and read the picture, all that can fail for want of a file."""
     wanted = None if size is None else _size(size)
     if image is not None and sample is not None:

@@ -32,7 +32,7 @@ KEYS = ((0.99, 0.72, 0.42), (0.52, 0.74, 0.93))
 """The colour of the keys of the first and of the second query."""
 
 BOTH = (0.75, 0.68, 0.79)
-"""The colour of the keys of both."""
+"""The colour of the keys of both, violet."""
 
 _DOTS = ("#b34700", "#0b4f8a")
 
@@ -115,7 +115,10 @@ def sheet() -> Figure:
         _draw(panel, place)
     for place in places[len(PANELS) :]:
         place.remove()
-    note = 'A dot is a query, its colour the keys that it sees. Outside the frame, border="zero" has keys of zeros.'
+    note = (
+        "A dot is a query, its colour the keys that it sees; violet keys are seen by both. "
+        'Outside the frame, border="zero" has keys of zeros.'
+    )
     figure.text(0.5, 0.018, note, ha="center", fontsize=11, color="0.35")
     return figure
 
@@ -135,5 +138,5 @@ def _draw(panel: Panel, place: Axes) -> None:
     place.add_patch(Rectangle((-0.5, -0.5), width, height, fill=False, edgecolor="0.45", linewidth=1.2, zorder=3))
     for (y, x), colour in zip(panel.queries, _DOTS, strict=False):
         place.plot(x, y, "o", markersize=6, color=colour, zorder=4)
-    place.set_title(call(panel.pattern), fontsize=10.5, family="monospace", pad=1)
+    place.set_title(call(panel.pattern), fontsize=10.5, family="monospace", pad=5)
     place.set_axis_off()

@@ -51,15 +51,16 @@ class Target:
             scratch.unlink(missing_ok=True)
 
 
-def check_target(path: Path, source: Path | None) -> Target:
+def check_target(name: str, source: Path | None) -> Target:
     """Refuse, before any work, a file that could not be written afterwards.
 
     Args:
-        path: the file asked for.
+        name: the file asked for.
         source: the picture that is read, which must not be overwritten.
     """
+    path = Path(name)
     if path.suffix.lower() not in ENDINGS:
-        raise expected(f"--output to end in {' or '.join(ENDINGS)}", "--output", path, InputError)
+        raise expected(f"--output to end in {' or '.join(ENDINGS)}", "--output", name or "''", InputError)
     try:
         place = path.resolve()
         if not place.parent.is_dir():
