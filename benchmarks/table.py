@@ -1,7 +1,8 @@
 """Tables for the documents, made from results files: never typed.
 
 A document holds `<!-- benchmarks:NAME -->` and `<!-- /benchmarks:NAME -->`; what stands between them is replaced by
-the table of `benchmarks/results/NAME.json`. `NAME:all` in place of `NAME` gives every provider and pass.
+the table of `benchmarks/results/NAME.json`. In place of `NAME`, `NAME:all` gives every provider and pass, and
+`NAME:float32` (or another dtype) the rows of one dtype.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from pathlib import Path
 from benchmarks import products
 from benchmarks.results import FOLDER, Cell, Entry, Report, load, write_whole
 
-_BLOCK = re.compile(r"(<!-- benchmarks:(?P<name>[\w.-]+(?::all)?) -->\n).*?(<!-- /benchmarks:(?P=name) -->)", re.DOTALL)
-_MARKER = re.compile(r"<!-- benchmarks:([\w.-]+(?::all)?) -->")
+_BLOCK = re.compile(r"(<!-- benchmarks:(?P<name>[\w.-]+(?::\w+)?) -->\n).*?(<!-- /benchmarks:(?P=name) -->)", re.DOTALL)
+_MARKER = re.compile(r"<!-- benchmarks:([\w.-]+(?::\w+)?) -->")
 
 _DTYPES = {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16", "float16": "fp16"}
 _PASSES = {"forward": "forward", "backward": "backward", "both": "fwd + bwd"}
@@ -55,12 +56,12 @@ def _ours(cell: Cell) -> Entry | None:
     return cell.ours or next((entry for entry in cell.entries if entry.ours and entry.times), None)
 
 
-def compact(report: Report) -> str:
-    """One row for each workload, dtype and pass, forward and training step: ours and the best peer."""
+def compact(report: Report, dtype: str = "") -> str:
+    """One row for each workload, dtype (or that one) and pass, forward and training step: ours and the best peer."""
     notes: list[str] = []
     rows = []
     for cell in report.cells:
-        if cell.which == "backward":
+        if cell.which == "backward" or dtype not in ("", cell.dtype):
             continue
         ours, peer, naive = _ours(cell), cell.best_peer, cell.entry("naive")
         naive = None if naive is None or naive.status == "absent" else naive
@@ -180,13 +181,15 @@ def render(name: str, find: Callable[[str], Report]) -> str:
     """The body of a block.
 
     Args:
-        name: of the block, such as "cpu" or "cpu:all".
+        name: of the block, such as "cpu", "cpu:all" or "cpu:float32".
         find: gives the report of a name.
     """
     if name == products.RESULTS.stem:
         return products.table()
     stem, _, kind = name.partition(":")
-    return everything(find(stem)) if kind else compact(find(stem))
+    if kind not in ("", "all", *_DTYPES):
+        raise ValueError(f"<!-- benchmarks:{name} --> must end in :all or a dtype ({', '.join(_DTYPES)}), if anything")
+    return everything(find(stem)) if kind == "all" else compact(find(stem), kind)
 
 
 def finder(paths: Sequence[Path]) -> Callable[[str], Report]:

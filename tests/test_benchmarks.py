@@ -405,6 +405,15 @@ def test_a_faster_peer_that_is_refused_is_told(tmp_path: Path) -> None:
     assert "sdpa is refused by the tolerance policy (out: largest error); it took 4.00 ms, 4.00 times ours." in text
 
 
+def test_a_block_of_one_dtype_has_no_other(tmp_path: Path) -> None:
+    report = load(report_of(tmp_path))
+    row = f"| `{report.cells[0].workload}` |"
+    assert {cell.dtype for cell in report.cells} == {"float32"}
+    assert table.render("tiny:float32", lambda name: report) == table.compact(report)
+    assert row in table.compact(report)
+    assert row not in table.render("tiny:bfloat16", lambda name: report)
+
+
 def invoke(*arguments: object) -> tuple[int, str]:
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
     return result.exit_code, " ".join(result.output.split())
@@ -437,6 +446,7 @@ def test_documents_are_updated_and_checked(tmp_path: Path) -> None:
         ("nothing", "there is no <!-- benchmarks:NAME -->"),
         ("<!-- benchmarks:tiny -->\n", "is not closed"),
         ("<!-- benchmarks:gone -->\n<!-- /benchmarks:gone -->", "there are no results"),
+        ("<!-- benchmarks:tiny:int8 -->\n<!-- /benchmarks:tiny:int8 -->", "must end in :all or a dtype"),
     ],
 )
 def test_documents_that_cannot_be_updated(tmp_path: Path, text: str, message: str) -> None:
