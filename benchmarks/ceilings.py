@@ -93,6 +93,7 @@ def measure(device: str, threads: int) -> Ceilings:
         flops["float32"] = max(flops["float32"], program["fma"])
         flops["bfloat16"] = max(flops["bfloat16"], program["dot"])
         exps = program["exp2"]
+    flops["bfloat16"] = max(flops["bfloat16"], flops["float32"])  # it can be widened
     flops["float16"] = flops["float32"]  # half precision is widened: no CPU here multiplies it faster
     flops["float64"] = flops["float32"] / 2
     return Ceilings(flops, library["copy"], exps, sources)
@@ -109,11 +110,16 @@ def _best(call: Any, seconds: float = 0.4) -> float:
     return best
 
 
-def _product(dtype: torch.dtype, size: int = 2048) -> float:
-    """Operations per second of a large matrix product."""
-    a, b = torch.randn(2, size, size).to(dtype)
-    out = torch.empty_like(a)
-    return 2 * size**3 / _best(lambda: torch.mm(a, b, out=out))
+def _product(dtype: torch.dtype) -> float:
+    """Operations per second of a large matrix product; of a small one where the large would take seconds."""
+    best = 0.0
+    for size in (256, 2048):
+        operations = 2 * size**3
+        if best == 0 or operations / best < 1:
+            a, b = torch.randn(2, size, size).to(dtype)
+            out = torch.empty_like(a)
+            best = max(best, operations / _best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out)))
+    return best
 
 
 def _copy(count: int = 2**26) -> float:
