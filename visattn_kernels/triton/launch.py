@@ -1,0 +1,579 @@
+"""From tensors to launches: which kernels run, on which tiles, with which arguments.
+
+Everything is decided here, from shapes, strides and dtypes alone, so that a launch can be made of meta tensors and be
+compiled with no GPU (tests/test_triton_compiled.py does). `run` is the only function that needs a device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from visattn_kernels.patterns import BORDERS, PATTERN_FIELDS, PATTERN_KINDS, Size
+from visattn_kernels.triton.structs import (
+    CELLS,
+    NEAR,
+    STRIDED,
+    WHOLE,
+    Axis,
+    Config,
+    Counts,
+    Factors,
+    Map,
+    Partials,
+    Table,
+    Terms,
+)
+from visattn_kernels.triton.tiles import Tile, pieces, tile_for
+
+
+class Side(NamedTuple):
+    """One axis of a part of a pattern, as csrc/pattern.h has it, and its place among the map's."""
+
+    kind: int
+    queries: int
+    keys: int
+    size: int
+    step: int
+    shift: int
+    reach: int
+    causal: bool
+
+    @property
+    def classes(self) -> int:
+        """How many lines the axis is cut into."""
+        if self.kind == WHOLE:
+            return 1
+        if self.kind == CELLS:
+            return int(self.shift > 0) + -(-max(self.queries - self.shift, 0) // self.size)
+        return min(self.step, self.queries)
+
+    def longest(self, length: int) -> int:
+        """The longest line of an axis of that length."""
+        if self.kind == WHOLE:
+            return length
+        return min(self.size, length) if self.kind == CELLS else -(-length // self.step)
+
+    def walked(self, block: int, of_keys: bool = True) -> int:
+        """How many keys a block of queries sees at most, or how many queries see a block of keys."""
+        n = self.longest(self.keys if of_keys else self.queries)
+        return block + self.size - 1 if self.kind == NEAR else n
+
+    def axis(self, blocks_of: int, of_keys: bool) -> Axis:
+        """What kernels get, with blocks of that many queries or keys."""
+        blocks = -(-self.longest(self.keys if of_keys else self.queries) // blocks_of)
+        return Axis(self.queries, self.keys, self.size, self.step, self.shift, self.reach, self.classes, blocks)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A part of a pattern as a kernel walks it.
+
+    Attributes:
+        y, x: the kernel's axes. y is walked in the inner loop.
+        border: what lies outside the map, by its number.
+        others: a query does not see the key of its own position.
+        swap: the kernel's y is the map's x. So a row of keys, as a column of them, is walked in the inner loop.
+        flat: the kernel's y is the whole map, its x has one position.
+    """
+
+    y: Side
+    x: Side
+    border: int
+    others: bool
+    swap: bool = False
+    flat: bool = False
+
+    def place(self, height: Any, width: Any) -> tuple[Any, Any]:
+        """Something of the map's height and width in the order (y, x) of the kernel."""
+        return (width, height) if self.swap else (height, width)
+
+
+def sides_of(pattern: Sequence[int], part: int, queries: Size, keys: Size, reach: Sequence[int]) -> list[Side]:
+    """The axes, height and width, of a part of an encoded pattern: `axis_of` of csrc/pattern.h.
+
+    Sizes that reach beyond the map are cut to where it makes no difference, so that 32 bits hold every index.
+    """
+    fields = dict(zip(PATTERN_FIELDS, pattern, strict=True))
+    kind = PATTERN_KINDS[fields["kind"]]
+    sides = []
+    for axis, name in enumerate("hw"):
+        n = queries[axis]
+        size, step, shift = (fields[f"{what}_{name}"] for what in ("size", "step", "shift"))
+        side = Side(WHOLE, n, keys[axis], 1, 1, 0, reach[axis], False)
+        if kind == "Window":
+            shift = min(shift, n)
+            side = side._replace(kind=CELLS, size=min(size, n + max(shift, 1)), shift=shift)
+        elif kind == "Grid":
+            side = side._replace(kind=STRIDED, step=-(-n // size))
+        elif kind == "Neighborhood":
+            zero = BORDERS[fields["border"]] == "zero"
+            size = size if zero or size <= 2 * n + 2 else 2 * n + 2 + size % 2
+            causal = bool(fields[f"causal_{name}"])
+            side = side._replace(kind=NEAR, size=size, step=min(step, n), causal=causal)
+        elif kind != "Global":
+            row = kind == "Row" or (kind == "CrissCross" and part == 0)
+            if row != (axis == 1):
+                side = side._replace(kind=CELLS)
+            elif size > 0:
+                side = side._replace(kind=NEAR, size=min(size, 2 * n + 1))
+        sides.append(side)
+    return sides
+
+
+def parts_of(pattern: Sequence[int]) -> int:
+    """How many parts an encoded pattern has."""
+    return 2 if PATTERN_KINDS[pattern[0]] == "CrissCross" else 1
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of an operator, checked, and where it will run.
+
+    Attributes:
+        q, k, v: maps; v may be None.
+        terms: term tensors by name, present ones only.
+        pattern: encoded.
+        reach: K of each axis.
+        scales: factors of q·k, of `RelativeQuery` and of `RelativeKey`.
+        capability: compute capability such as 90; None in the interpreter.
+        tf32: whether float32 products may be TF32.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor | None
+    terms: dict[str, torch.Tensor]
+    pattern: tuple[int, ...]
+    reach: tuple[int, int]
+    scales: tuple[float, float, float]
+    capability: int | None
+    tf32: bool = False
+
+    @property
+    def queries(self) -> Size:
+        """The query grid."""
+        return Size(self.q.shape[1], self.q.shape[2])
+
+    @property
+    def keys(self) -> Size:
+        """The key grid."""
+        return Size(self.k.shape[1], self.k.shape[2])
+
+    @property
+    def sums(self) -> bool:
+        """Whether results go through float32 sums from part to part."""
+        return parts_of(self.pattern) > 1
+
+
+class Launch(NamedTuple):
+    """One kernel to run.
+
+    Attributes:
+        kernel: its name, a key of `KERNELS`.
+        args: what it takes, in order.
+        programs: how many.
+        warps, stages: as `tiles.Tile` has them.
+    """
+
+    kernel: str
+    args: tuple[Any, ...]
+    programs: int
+    warps: int
+    stages: int
+
+
+def _collapses(x: torch.Tensor) -> bool:
+    """Whether the positions of a map [B, H, W, ...] are evenly spaced in memory."""
+    return x.shape[1] == 1 or x.shape[2] == 1 or x.stride(1) == x.shape[2] * x.stride(2)
+
+
+def _is_flat(call: Call, maps: Sequence[torch.Tensor]) -> bool:
+    """Whether a call's maps can be walked as one line: every key for every query, and no offsets."""
+    if PATTERN_KINDS[call.pattern[0]] != "Global" or any(name.startswith("relative") for name in call.terms):
+        return False
+    if max(call.queries.height * call.queries.width, call.keys.height * call.keys.width) >= 2**30:
+        return False
+    return all(_collapses(x) for x in (*maps, *call.terms.values()))
+
+
+def geometry(call: Call, part: int, maps: Sequence[torch.Tensor], points: bool = False) -> Geometry:
+    """How a part is walked; `maps` are all the maps whose strides matter."""
+    height, width = sides_of(call.pattern, part, call.queries, call.keys, call.reach)
+    border = BORDERS.index("mask")  # what spans have
+    if PATTERN_KINDS[call.pattern[0]] == "Neighborhood":
+        border = call.pattern[PATTERN_FIELDS.index("border")]
+    if not points and _is_flat(call, maps):
+        n, m = (grid.height * grid.width for grid in (call.queries, call.keys))
+        return Geometry(
+            Side(WHOLE, n, m, 1, 1, 0, m, False), Side(WHOLE, 1, 1, 1, 1, 0, 1, False), border, False, flat=True
+        )
+    swap = width.walked(1) > height.walked(1)
+    y, x = (width, height) if swap else (height, width)
+    return Geometry(y, x, border, part == 1, swap)
+
+
+def boxes(g: Geometry, tile: Tile, points: bool = False) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The boxes of queries and of keys of a tile: those that leave the least of the work to padding.
+
+    Of equals that which needs the fewest entries of relative tables at each step of the inner loop.
+    """
+    queries = 1 if points else g.y.longest(g.y.queries) * g.x.longest(g.x.queries)
+    m = max(16, min(tile.m, _power(queries)))
+    keys = g.y.walked(_least(m, g.y.queries)) * g.x.walked(_least(m, g.x.queries))
+    n = max(16, min(tile.n, _power(keys)))
+    best: tuple[tuple[int, ...], Any] | None = None
+    for qy in _splits(m):
+        qx = m // qy
+        blocks = 1 if points else -(-g.y.longest(g.y.queries) // qy) * -(-g.x.longest(g.x.queries) // qx)
+        ahead = (1, 1) if points else (qy, qx)
+        for ky in _splits(n):
+            kx = n // ky
+            steps = -(-g.y.walked(ahead[0]) // ky) * -(-g.x.walked(ahead[1]) // kx)
+            cost = (blocks * steps, _power(qy + ky) + _power(qx + kx), qy + ky)
+            if best is None or cost < best[0]:
+                best = (cost, ((qy, qx), (ky, kx)))
+    assert best is not None
+    return best[1]  # type: ignore[no-any-return]
+
+
+def _least(m: int, n: int) -> int:
+    return min(m, n)
+
+
+def _splits(n: int) -> list[int]:
+    """The powers of two up to n."""
+    return [1 << i for i in range(n.bit_length())]
+
+
+def _power(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+class Builder:
+    """Makes the arguments of one kernel for one part of a call."""
+
+    def __init__(
+        self,
+        call: Call,
+        which: str,
+        part: int,
+        maps: Sequence[torch.Tensor],
+        value_dim: int,
+        points: torch.Tensor | None = None,
+        values: bool = True,
+        grads: Sequence[str] = (),
+    ) -> None:
+        self.call, self.part, self.points = call, part, points
+        self.geometry = g = geometry(call, part, maps, points is not None)
+        head_dim = call.q.shape[4]
+        self.tile = tile_for(which, max(head_dim, value_dim), call.q.element_size(), call.capability)
+        if points is not None:
+            self.tile = self.tile._replace(m=16)
+        (qy, qx), (ky, kx) = boxes(g, self.tile, points is not None)
+        of_keys = which == "dkdv"
+        self.y, self.x = g.y.axis(ky if of_keys else qy, of_keys), g.x.axis(kx if of_keys else qx, of_keys)
+        self.tiles = self.y.classes * self.y.blocks * self.x.classes * self.x.blocks
+        if points is not None:
+            self.tiles = points.shape[0]
+        heads = call.q.shape[3]
+        self.counts = Counts(
+            call.q.shape[0], heads, heads // call.k.shape[3], head_dim, value_dim, self.tiles, width=call.queries.width,
+            positions=call.queries.height * call.queries.width,
+        )  # fmt: skip
+        vectors = any(name.startswith("relative") and name != "relative_bias" for name in call.terms)
+        near = NEAR in (g.y.kind, g.x.kind)
+        self.config = Config(
+            qy, qx, ky, kx, max(16, _power(qy + ky - 1)), max(16, _power(qx + kx - 1)),
+            pieces(head_dim), pieces(value_dim) if value_dim else (16,),
+            g.y.kind, g.x.kind, g.y.causal, g.x.causal, g.border, g.others,
+            leaks=near or g.others or vectors,
+            precision="tf32" if call.tf32 and call.q.dtype == torch.float32 else "ieee",
+            goes_on=part > 0, values=values, points=points is not None,
+            **{f"grad_{name}": True for name in grads},
+        )  # fmt: skip
+
+    def map(self, x: torch.Tensor | None) -> Map:
+        """A tensor [B, H, W, heads(, channels)] as the kernel walks it; None is an empty map."""
+        if x is None:
+            return Map(None, 0, 0, 0, 0, 0)
+        batch, height, width, head, *channel = x.stride()
+        if self.geometry.flat:
+            height, width = (width if x.shape[2] > 1 else height), 0
+        y, x_stride = self.geometry.place(height, width)
+        return Map(x, batch, y, x_stride, head, channel[0] if channel else 0)
+
+    def terms(self, values: bool = True) -> Terms:
+        """The terms of the call; the tables of vectors contiguous but for their heads."""
+        call, found = self.call, {}
+        for name in ("query", "key", *(("value",) if values else ())):
+            for axis, side in zip("yx", self.geometry.place("h", "w"), strict=True):
+                table = call.terms.get(f"relative_{name}_{side}")
+                if table is not None:
+                    rows = table if table[0].is_contiguous() or table.dim() == 2 else table.contiguous()
+                    rows = rows if rows[..., :, :].stride()[-2:] == (rows.shape[-1], 1) else rows.contiguous()
+                    found[f"{name}_{axis}"] = Table(rows, rows.stride(0) if rows.dim() == 3 else 0)
+        terms = Terms(**found)
+        if (bias := call.terms.get("relative_bias")) is not None:
+            head, *strides = bias.stride()
+            bias_y, bias_x = self.geometry.place(*strides)
+            terms = terms._replace(bias=bias, bias_head=head, bias_y=bias_y, bias_x=bias_x)
+        if (key_bias := call.terms.get("key_bias")) is not None:
+            m = self.map(key_bias if key_bias.dim() == 4 else key_bias[..., None])
+            terms = terms._replace(
+                key_bias=key_bias, key_bias_batch=m.batch, key_bias_y=m.y, key_bias_x=m.x,
+                key_bias_head=m.head if key_bias.dim() == 4 else 0,
+            )  # fmt: skip
+        return terms
+
+    def launch(self, kernel: str, *args: Any, programs: int) -> Launch:
+        """The launch of a kernel that takes these arguments and the config."""
+        return Launch(kernel, (*args, self.config), programs, self.tile.warps, self.tile.stages)
+
+    @property
+    def common(self) -> tuple[Any, ...]:
+        """y, x, factors and counts, as every kernel takes them."""
+        return self.y, self.x, Factors(*self.call.scales), self.counts
+
+
+def forward(call: Call, points: torch.Tensor | None = None) -> tuple[list[Launch], torch.Tensor | None, torch.Tensor]:
+    """The launches of a forward; out (None without values) and lse, which they will fill.
+
+    Args:
+        call: with v None only lse is computed.
+        points: int64 [P, 2]; lse of these queries alone, [B, P, heads].
+    """
+    q, v = call.q, call.v
+    shape = (*q.shape[:4],) if points is None else (q.shape[0], points.shape[0], 1, q.shape[3])
+    lse = q.new_empty(shape, dtype=torch.float32)
+    out = None if v is None else q.new_empty((*q.shape[:4], v.shape[4]))
+    before = None if out is None or not call.sums else torch.empty_like(out, dtype=torch.float32)
+    launches = []
+    for part in range(parts_of(call.pattern)):
+        maps = [x for x in (q, call.k, v) if x is not None]
+        width = 0 if v is None else v.shape[4]
+        build = Builder(call, "forward", part, maps, width, points, values=v is not None)
+        to = before if call.sums and part == 0 else out
+        at = lse if points is None else None
+        lse_map = build.map(at) if points is None else Map(lse, lse.stride(0), lse.stride(1), 0, lse.stride(3), 0)
+        launches.append(
+            build.launch(
+                "attention_forward_kernel",
+                build.map(q), build.map(call.k), build.map(v), build.map(to), lse_map, build.map(before),
+                build.terms(v is not None), *build.common, _swapped(points, build),
+                programs=build.tiles * q.shape[3] * q.shape[0],
+            )
+        )  # fmt: skip
+    return launches, out, lse
+
+
+def _swapped(points: torch.Tensor | None, build: Builder) -> torch.Tensor | None:
+    """Points in the order (y, x) of the kernel."""
+    if points is None:
+        return None
+    return points.flip(1).contiguous() if build.geometry.swap else points.contiguous()
+
+
+PROGRAMS = 1024
+"""Among so many programs the tiles are dealt where gradients of tables are wanted; fixed, so that bits do not depend on
+the device."""
+
+SHARES_BYTES = 2**26
+"""Of the shares of those gradients, at most, unless one share is more."""
+
+
+def backward(
+    call: Call,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    needs: Sequence[str],
+) -> tuple[list[Launch], Any]:
+    """The launches of a backward, and a function that afterwards gives the gradients by name.
+
+    Args:
+        call: of the forward.
+        grad_out, grad_lse, out, lse: shaped like the forward's results.
+        needs: names among q, k, v and the term tensors.
+    """
+    q, k, v = call.q, call.k, call.v
+    assert v is not None
+    maps = [q, k, v, grad_out, lse, grad_lse, out]
+    delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
+    launches = [_delta(call, grad_out, out, grad_lse, delta)]
+    grads: dict[str, torch.Tensor] = {
+        name: x.new_empty(x.shape) for name, x in (("q", q), ("k", k), ("v", v)) if name in needs
+    }
+    sums = {name: x.new_empty(x.shape, dtype=torch.float32) for name, x in grads.items() if call.sums}
+    if "key_bias" in needs:
+        sums["key_bias"] = q.new_empty((*k.shape[:3], q.shape[3]), dtype=torch.float32)
+    shares: list[tuple[Builder, torch.Tensor, dict[str, tuple[int, tuple[int, ...]]]]] = []
+    for part in range(parts_of(call.pattern)):
+        last = part == parts_of(call.pattern) - 1
+        to = {name: x if last else sums[name] for name, x in grads.items()}
+        for which, mine in (("dq", ("q",)), ("dkdv", ("k", "v", "key_bias"))):
+            names = [name for name in needs if name in mine or _side(name) == which]
+            if not names:
+                continue
+            build = Builder(call, which, part, maps, v.shape[4])
+            wanted = [name if name in mine or name == "relative_bias" else name for name in names]
+            build.config = build.config._replace(**{f"grad_{_kernel_name(n, build)}": True for n in wanted})
+            partials, layout = _partials(build, [name for name in names if name.startswith("relative")], which)
+            if partials.data is not None:
+                shares.append((build, partials.data, layout))
+            inputs = [build.map(x) for x in (q, k, v, grad_out, lse, delta)]
+            if which == "dq":
+                outputs = [build.map(to.get("q")), build.map(sums.get("q"))]
+            else:
+                outputs = [build.map(x) for x in (to.get("k"), to.get("v"), sums.get("k"), sums.get("v"))]
+                outputs += [build.map(sums.get("key_bias")), build.map(None)]
+            heads = q.shape[3] if which == "dq" else k.shape[3]
+            launches.append(
+                build.launch(
+                    f"attention_backward_{which}_kernel", *inputs, *outputs, build.terms(), *build.common, partials,
+                    programs=partials.shares * heads,
+                )
+            )  # fmt: skip
+
+    def finish() -> dict[str, torch.Tensor]:
+        done = dict(grads)
+        if "key_bias" in needs:
+            key_bias, found = call.terms["key_bias"], sums["key_bias"]
+            done["key_bias"] = (found if key_bias.dim() == 4 else found.sum(-1)).to(key_bias.dtype)
+        totals: dict[str, torch.Tensor] = {}
+        for build, data, layout in shares:
+            of_head = data.sum(0)  # [heads, size], in a fixed order
+            for name, (first, shape) in layout.items():
+                n = shape[0] * shape[1]
+                table = of_head[:, first : first + n].unflatten(1, shape)
+                if name == "relative_bias" and build.geometry.swap:
+                    table = table.transpose(1, 2)
+                totals[name] = totals[name] + table if name in totals else table
+        for name, table in totals.items():
+            like = call.terms[name]
+            done[name] = (table if like.dim() == 3 else table.sum(0)).to(like.dtype).contiguous()
+        return done
+
+    return launches, finish
+
+
+def _side(name: str) -> str:
+    """Which kernel has the gradient of a term tensor."""
+    return "dkdv" if name.startswith("relative_key") else "dq" if name.startswith("relative") else ""
+
+
+def _kernel_name(name: str, build: Builder) -> str:
+    """The kernel's name of a tensor: relative_query_w may be its query_y."""
+    if name == "relative_bias" or not name.startswith("relative"):
+        return name.removeprefix("relative_")
+    stem, side = name.removeprefix("relative_").rsplit("_", 1)
+    return f"{stem}_{'yx'[build.geometry.place('h', 'w').index(side)]}"
+
+
+def _partials(
+    build: Builder, tables: Sequence[str], which: str
+) -> tuple[Partials, dict[str, tuple[int, tuple[int, ...]]]]:
+    """Shares of the gradients of tables, zeros; where each table begins in one, and its shape there."""
+    call, counts = build.call, build.counts
+    every = build.tiles * counts.batch
+    if not tables:
+        return Partials(shares=every), {}
+    layout: dict[str, tuple[int, tuple[int, ...]]] = {}
+    begins: dict[str, int] = {}
+    size = 0
+    for name in tables:
+        if name == "relative_bias":
+            shape: tuple[int, ...] = (2 * build.y.reach - 1, 2 * build.x.reach - 1)
+        else:
+            shape = tuple(call.terms[name].shape[-2:])
+        layout[name] = (size, shape)
+        begins[_kernel_name(name, build)] = size
+        size += shape[0] * shape[1]
+    programs = counts.heads if which == "dq" else counts.heads // counts.group
+    most = max(1, min(PROGRAMS // programs, SHARES_BYTES // (4 * size * counts.heads)))
+    shares = min(every, most)
+    data = call.q.new_zeros((shares, counts.heads, size), dtype=torch.float32)
+    return Partials(data, shares, size, **begins), layout
+
+
+def _delta(
+    call: Call, grad_out: torch.Tensor, out: torch.Tensor, grad_lse: torch.Tensor, delta: torch.Tensor
+) -> Launch:
+    """The launch of `attention_delta_kernel`."""
+    rows, width = 64, grad_out.shape[4]
+    tiles = -(-call.queries.height * call.queries.width // rows)
+    counts = Counts(
+        call.q.shape[0], call.q.shape[3], 1, 0, width, tiles, call.queries.height * call.queries.width,
+        call.queries.width,
+    )  # fmt: skip
+    maps = [_plain(x) for x in (grad_out, out, grad_lse, delta)]
+    programs = tiles * call.q.shape[3] * call.q.shape[0]
+    return Launch("attention_delta_kernel", (*maps, counts, rows, pieces(width)), programs, 4, 1)
+
+
+def _plain(x: torch.Tensor) -> Map:
+    """A map as it lies."""
+    return Map(x, *x.stride()) if x.dim() == 5 else Map(x, *x.stride(), 0)
+
+
+def rows(call: Call, points: torch.Tensor) -> tuple[list[Launch], torch.Tensor]:
+    """The launches of `attention_map`, and its result [B, P, heads, Hk, Wk], which they will fill."""
+    q, k = call.q, call.k
+    launches, _, lse = forward(replace(call, v=None), points)
+    weights = q.new_zeros((q.shape[0], points.shape[0], q.shape[3], *call.keys), dtype=torch.float32)
+    batch, point, head, height, width = weights.stride()
+    for part in range(parts_of(call.pattern)):
+        build = Builder(call, "forward", part, [q, k], 0, points, values=False)
+        y, x = build.geometry.place(height, width)
+        launches.append(
+            build.launch(
+                "attention_map_kernel",
+                build.map(q), build.map(k), Map(lse, lse.stride(0), lse.stride(1), 0, lse.stride(3), 0),
+                Map(weights, batch, y, x, head, point), build.terms(False), *build.common, _swapped(points, build),
+                programs=build.tiles * q.shape[3] * q.shape[0],
+            )
+        )  # fmt: skip
+    return launches, weights
+
+
+def received(call: Call) -> tuple[list[Launch], torch.Tensor]:
+    """The launches of `attention_received`, and its result [B, Hk, Wk, kv_heads], which they will fill."""
+    q, k = call.q, call.k
+    launches, _, lse = forward(replace(call, v=None))
+    sums = q.new_empty(k.shape[:4], dtype=torch.float32)
+    nothing = Map(None, 0, 0, 0, 0, 0)
+    for part in range(parts_of(call.pattern)):
+        build = Builder(call, "dkdv", part, [q, k], 0, values=False)
+        partials = Partials(shares=build.tiles * q.shape[0])
+        launches.append(
+            build.launch(
+                "attention_backward_dkdv_kernel",
+                build.map(q), build.map(k), nothing, nothing, build.map(lse), nothing,
+                nothing, nothing, nothing, nothing, nothing, build.map(sums),
+                build.terms(False), *build.common, partials,
+                programs=partials.shares * k.shape[3],
+            )
+        )  # fmt: skip
+    return launches, sums
+
+
+def fold(programs: int) -> tuple[int, int]:
+    """A grid of at least so many programs: the first dimension holds 2^31 - 1."""
+    width = min(programs, 2**30)
+    return width, -(-programs // width)
+
+
+def run(launches: Sequence[Launch], device: torch.device) -> None:
+    """Run launches in order, on the current stream of the device."""
+    from visattn_kernels.triton.kernels import KERNELS
+
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        for one in launches:
+            if one.programs:
+                KERNELS[one.kernel][fold(one.programs)](*one.args, num_warps=one.warps, num_stages=one.stages)

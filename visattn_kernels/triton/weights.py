@@ -1,0 +1,72 @@
+"""Rows of the map: the weights of single queries, from the scores of the forward's tiles and their lse.
+
+A program has one query of one head of one map and walks its keys once; `attention_forward_kernel` with `C.points` has
+computed lse before. What lies outside the pattern is 0 beforehand.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from visattn_kernels.triton.engine import (
+    LOG2E,
+    indices,
+    inside,
+    key_range,
+    load_key_bias,
+    load_pieces,
+    offsets,
+    scores,
+    visible,
+)
+from visattn_kernels.triton.forward import query_tile
+from visattn_kernels.triton.geometry import line, program
+
+
+@triton.jit(do_not_specialize=["y", "x", "counts", "factors"])
+def attention_map_kernel(q, k, lse, weights, terms, y, x, factors, counts, points, C: tl.constexpr):
+    """The weights of one query.
+
+    Args:
+        q, k, lse: `structs.Map`; the y of `lse` counts points.
+        weights: `structs.Map` whose y and x are those of keys and whose channel is the point.
+        terms, y, x, factors, counts: `structs.Terms`, `Axis`, `Axis`, `Factors`, `Counts`.
+        points: int64 [points, 2], (y, x) positions.
+        C: `structs.Config`.
+    """
+    t, head, b = program(counts.tiles, counts.heads)
+    if b >= counts.batch:
+        return
+    c_y, i_y0, end_y, c_x, i_x0, end_x = query_tile(t, y, x, points, C)
+    i_y, i_x = indices(i_y0, i_x0, C.qy, C.qx)
+    queries = (i_y < end_y) & (i_x < end_x)
+    line_qy, line_qx = line(y, c_y, y.queries, C.kind_y), line(x, c_x, x.queries, C.kind_x)
+    line_y, line_x = line(y, c_y, y.keys, C.kind_y), line(x, c_x, x.keys, C.kind_x)
+    low_y, high_y = key_range(y, i_y0, end_y, line_y[2], C.kind_y, C.causal_y, C)
+    low_x, high_x = key_range(x, i_x0, end_x, line_x[2], C.kind_x, C.causal_x, C)
+    at = b * q.batch + head * q.head + offsets(q, line_qy, line_qx, i_y, i_x)
+    rows = load_pieces(q.data, at, queries, q.channel, counts.head_dim, C.pieces_d)
+    total = tl.load(lse.data + b * lse.batch + head * lse.head + t * lse.y)
+    total = tl.where(total == float("-inf"), 0.0, total) * LOG2E
+    for j_x0 in range(low_x, high_x, C.kx):
+        for j_y0 in range(low_y, high_y, C.ky):
+            j_y, j_x = indices(j_y0, j_x0, C.ky, C.kx)
+            exist = (j_y < high_y) & (j_x < high_x)
+            there = inside(j_x, line_x[2], inside(j_y, line_y[2], exist, C), C)
+            key_bias = None
+            if terms.key_bias is not None:
+                key_bias = load_key_bias(terms, b, head, line_y, line_x, j_y, j_x, there)
+                exist = exist & (key_bias != float("-inf"))
+            at = b * k.batch + (head // counts.group) * k.head + offsets(k, line_y, line_x, j_y, j_x)
+            keys = load_pieces(k.data, at, there & exist, k.channel, counts.head_dim, C.pieces_d)
+            seen = visible(y, x, i_y, i_x, j_y, j_x, line_y[2], line_x[2], queries, exist, C)
+            s = scores(
+                rows, keys, key_bias, 0.0, terms, factors, counts, head, y, x, i_y, i_x, j_y, j_x,
+                i_y0, i_x0, j_y0, j_x0, seen, False, C,
+            )  # fmt: skip
+            p = tl.where(seen & (s != float("-inf")), tl.exp2(s - total), 0.0)
+            at = b * weights.batch + head * weights.head + t * weights.channel
+            at += offsets(weights, line_y, line_x, j_y, j_x)
+            first = (tl.arange(0, C.m) == 0)[:, None]
+            tl.store(weights.data + (at[None, :] + tl.zeros([C.m, 1], tl.int64)), p, mask=seen & there[None, :] & first)
