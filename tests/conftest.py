@@ -10,10 +10,15 @@ from collections.abc import Iterator
 # set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# Triton's kernels run in its interpreter, which decorators choose when modules are imported. With a GPU, tests/gpu runs
+# them there; ahead-of-time compilation has processes of its own.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import interpreter
 import pytest
 import torch
 
-from visattn_kernels.backends import cpu
+from visattn_kernels.backends import cpu, triton
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -24,6 +29,17 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header() -> str:
     reasons = cpu.unavailable()
     return f"cpu backend: {'; '.join(reasons) if reasons else cpu.isa()}, torch {torch.__version__}"
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Triton backend in the interpreter, on CPU tensors; never bfloat16, of which it computes garbage."""
+    if triton.missing():
+        pytest.skip("; ".join(triton.missing()))
+    if os.environ["TRITON_INTERPRET"] != "1":
+        pytest.skip("TRITON_INTERPRET is not 1: kernels are compiled here")
+    interpreter.quicken()
+    monkeypatch.setattr(triton, "interpret", True)
 
 
 @pytest.fixture

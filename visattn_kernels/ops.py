@@ -15,7 +15,7 @@ schemas hold every pattern (a list of integers) and every term (optional tensors
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -40,7 +40,7 @@ SCHEMAS = {
 }
 """The schemas of one family."""
 
-BACKENDS = ("cpu",)
+BACKENDS = ("cpu", "triton")
 """Backends that have a family of operators."""
 
 _library = torch.library.Library("visattn", "DEF")  # type: ignore[no-untyped-call]
@@ -53,6 +53,19 @@ def operator(backend: str, which: str) -> Callable[..., Any]:
     """The operator `which` (a key of `SCHEMAS`) of a backend's family."""
     packet: Callable[..., Any] = getattr(torch.ops.visattn, f"{backend}_{which}").default
     return packet
+
+
+def implement(backend: str, kernels: Mapping[str, Callable[..., Any]], devices: Sequence[str]) -> None:
+    """Add the kernels of a family that are Python functions, by operator.
+
+    Args:
+        backend: the family.
+        kernels: functions that take what the schema says.
+        devices: torch's names of the devices whose tensors they take.
+    """
+    for which, kernel in kernels.items():
+        for device in devices:
+            _library.impl(f"{backend}_{which}", kernel, device)  # type: ignore[no-untyped-call]
 
 
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

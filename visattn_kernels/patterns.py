@@ -8,6 +8,7 @@ kernels (`csrc/pattern.h` reads the same list).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -473,3 +474,40 @@ class CrissCross(Pattern):
     def encode(self) -> list[int]:
         """The pattern as integers."""
         return encoded("CrissCross")
+
+
+def decode(fields: Sequence[int]) -> Pattern:
+    """The pattern of its integers, the inverse of `encode`.
+
+    Raises:
+        RuntimeError: they are no pattern's.
+    """
+    rule = f"pattern to be the integers of a pattern ({', '.join(PATTERN_FIELDS)})"
+    wrong = expected(rule, "pattern", list(fields), RuntimeError)
+    if len(fields) != len(PATTERN_FIELDS) or not 0 <= fields[0] < len(PATTERN_KINDS):
+        raise wrong
+    f = dict(zip(PATTERN_FIELDS, fields, strict=True))
+    both = {name: (f[f"{name}_h"], f[f"{name}_w"]) for name in ("size", "step", "shift", "causal")}
+    try:
+        pattern = _of_kind(PATTERN_KINDS[fields[0]], f, both)
+    except (ValueError, IndexError):
+        raise wrong from None
+    if pattern.encode() != list(fields):
+        raise wrong
+    return pattern
+
+
+def _of_kind(kind: str, f: dict[str, int], both: dict[str, Pair]) -> Pattern:
+    """The pattern of a kind; `f` has its integers by name, `both` those that come in pairs."""
+    if kind == "Window":
+        return Window(both["size"], both["shift"])
+    if kind == "Grid":
+        return Grid(both["size"])
+    if kind == "Neighborhood":
+        causal = (both["causal"][0] == 1, both["causal"][1] == 1)
+        return Neighborhood(both["size"], both["step"], BORDERS[f["border"]], causal)
+    if kind == "Row":
+        return Row(f["size_w"] or None)
+    if kind == "Column":
+        return Column(f["size_h"] or None)
+    return CrissCross() if kind == "CrissCross" else Global()

@@ -75,6 +75,18 @@ def tensors_of(terms: Sequence[Term], values: bool = True) -> tuple[torch.Tensor
     return tuple(found.get(name) for name in TERM_TENSORS)
 
 
+def terms_of(tensors: Sequence[torch.Tensor | None], query_scale: float, key_scale: float) -> tuple[Term, ...]:
+    """The terms of tensors in the order of `TERM_TENSORS`, the inverse of `tensors_of` and `scales`."""
+    found = {name: x for name, x in zip(TERM_TENSORS, tensors, strict=True) if x is not None}
+    factors = {RelativeQuery: {"scale": float(query_scale)}, RelativeKey: {"scale": float(key_scale)}}
+    terms: list[Term] = []
+    for kind in (RelativeBias, RelativeQuery, RelativeKey, RelativeValue, KeyBias):
+        fields: dict[str, torch.Tensor] = {field: found[name] for name, field in kind.tensors.items() if name in found}
+        if fields:
+            terms.append(kind(**fields, **factors.get(kind, {})))  # type: ignore[arg-type]
+    return tuple(terms)
+
+
 def scales(terms: Sequence[Term]) -> tuple[float, float]:
     """The factors of `RelativeQuery` and of `RelativeKey`, 1 where there is none."""
     query, key = 1.0, 1.0

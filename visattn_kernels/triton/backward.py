@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 
 from visattn_kernels.triton.engine import (
+    FLAGS,
     LOG2E,
     add_along,
     add_product,
@@ -37,6 +38,7 @@ from visattn_kernels.triton.engine import (
     clear,
     dot_rows,
     first_entry,
+    flagged,
     indices,
     inside,
     key_range,
@@ -56,18 +58,18 @@ from visattn_kernels.triton.engine import (
     zero_pieces,
 )
 from visattn_kernels.triton.forward import query_tile
-from visattn_kernels.triton.geometry import block_of, line, program
+from visattn_kernels.triton.geometry import block_of, line, locate, program
 
 
 @triton.jit(do_not_specialize=["counts"])
-def attention_delta_kernel(grad_out, out, grad_lse, delta, counts, ROWS: tl.constexpr, PIECES: tl.constexpr):
-    """delta = sum_d dO * O - dlse of ROWS positions of a head, float32.
+def attention_delta_kernel(grad_out, out, grad_lse, delta, counts, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Delta = sum_d dO * O - dlse of ROWS positions of a head, float32.
 
     Args:
         grad_out, out, grad_lse, delta: `structs.Map`.
-        counts: `structs.Counts`, its width that of a map's row.
+        counts: `structs.Counts`.
     """
-    t, head, b = program(counts.tiles, counts.heads)
+    t, head, b = locate(program(), counts.tiles, counts.heads)
     if b >= counts.batch:
         return
     position = t * ROWS + tl.arange(0, ROWS)
@@ -76,9 +78,9 @@ def attention_delta_kernel(grad_out, out, grad_lse, delta, counts, ROWS: tl.cons
     total = tl.zeros([ROWS], tl.float32)
     at_grad = b * grad_out.batch + head * grad_out.head + i_y * grad_out.y + i_x * grad_out.x
     at_out = b * out.batch + head * out.head + i_y * out.y + i_x * out.x
-    grads = load_pieces(grad_out.data, at_grad, there, grad_out.channel, counts.value_dim, PIECES)
-    outs = load_pieces(out.data, at_out, there, out.channel, counts.value_dim, PIECES)
-    for i in tl.static_range(len(PIECES)):
+    grads = load_pieces(grad_out.data, at_grad, there, grad_out.channel, WIDTH)
+    outs = load_pieces(out.data, at_out, there, out.channel, WIDTH)
+    for i in tl.static_range(len(grads)):
         total += tl.sum(grads[i].to(tl.float32) * outs[i].to(tl.float32), 1)
     at = b * grad_lse.batch + head * grad_lse.head + i_y * grad_lse.y + i_x * grad_lse.x
     total -= tl.load(grad_lse.data + at, mask=there, other=0.0).to(tl.float32)
@@ -87,10 +89,10 @@ def attention_delta_kernel(grad_out, out, grad_lse, delta, counts, ROWS: tl.cons
 
 
 @triton.jit
-def _load_rows(map, line_y, line_x, i_y, i_x, b, head, there, width, PIECES: tl.constexpr):
+def _load_rows(map, line_y, line_x, i_y, i_x, b, head, there, WIDTH: tl.constexpr):
     """Rows of a map at indices of a line."""
     at = b * map.batch + head * map.head + offsets(map, line_y, line_x, i_y, i_x)
-    return load_pieces(map.data, at, there, map.channel, width, PIECES)
+    return load_pieces(map.data, at, there, map.channel, WIDTH)
 
 
 @triton.jit
@@ -115,7 +117,7 @@ def _query_tile(
     t, b, head, q, k, v, grad_out, lse, delta, grad_q, before, terms, y, x, factors, counts, partials, share,
     CAREFUL: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """dQ of a tile and what it adds to tables; how much was not finite."""
+    """DQ of a tile and what it adds to tables; how much was not finite."""
     c_y, i_y0, end_y, c_x, i_x0, end_x = query_tile(t, y, x, None, C)
     i_y, i_x = indices(i_y0, i_x0, C.qy, C.qx)
     queries = (i_y < end_y) & (i_x < end_x)
@@ -124,26 +126,26 @@ def _query_tile(
     low_y, high_y = key_range(y, i_y0, end_y, line_y[2], C.kind_y, C.causal_y, C)
     low_x, high_x = key_range(x, i_x0, end_x, line_x[2], C.kind_x, C.causal_x, C)
     kv_head = head // counts.group
-    rows = _load_rows(q, line_qy, line_qx, i_y, i_x, b, head, queries, counts.head_dim, C.pieces_d)
-    grads = _load_rows(grad_out, line_qy, line_qx, i_y, i_x, b, head, queries, counts.value_dim, C.pieces_v)
+    rows = _load_rows(q, line_qy, line_qx, i_y, i_x, b, head, queries, C.head_dim)
+    grads = _load_rows(grad_out, line_qy, line_qx, i_y, i_x, b, head, queries, C.value_dim)
     lse_rows = _load_numbers(lse, line_qy, line_qx, i_y, i_x, b, head, queries, 0.0)
     delta_rows = _load_numbers(delta, line_qy, line_qx, i_y, i_x, b, head, queries, 0.0)
     bad = 0
     if C.goes_on and C.grad_q:
-        sums = _load_rows(before, line_qy, line_qx, i_y, i_x, b, head, queries, counts.head_dim, C.pieces_d)
+        sums = _load_rows(before, line_qy, line_qx, i_y, i_x, b, head, queries, C.head_dim)
     else:
-        sums = zero_pieces(C.m, C.pieces_d)
+        sums = zero_pieces(C.m, C.head_dim)
     for j_x0 in range(low_x, high_x, C.kx):
         first_x = first_entry(x, i_x0, j_x0, 1, C)
         across = 0.0
         across_values = 0.0
         if terms.query_x.data is not None:
-            across = query_part(rows, terms.query_x, head, first_x, x, counts.head_dim, 1, C.pieces_d, C)
+            across = query_part(rows, terms.query_x, head, first_x, x, C.head_dim, 1, C)
         if terms.value_x.data is not None:
-            across_values = query_part(grads, terms.value_x, head, first_x, x, counts.value_dim, 1, C.pieces_v, C)
-        grad_x = tl.zeros([C.m, C.kx], tl.float32)
-        weight_x = tl.zeros([C.m, C.kx], tl.float32)
-        seen_x = tl.zeros([C.m, C.kx], tl.float32)
+            across_values = query_part(grads, terms.value_x, head, first_x, x, C.value_dim, 1, C)
+        grad_x = tl.full([C.m, C.kx], 0, tl.float32)
+        weight_x = tl.full([C.m, C.kx], 0, tl.float32)
+        seen_x = tl.full([C.m, C.kx], 0, tl.float32)
         for j_y0 in range(low_y, high_y, C.ky):
             j_y, j_x = indices(j_y0, j_x0, C.ky, C.kx)
             exist = (j_y < high_y) & (j_x < high_x)
@@ -153,19 +155,19 @@ def _query_tile(
                 key_bias = load_key_bias(terms, b, head, line_y, line_x, j_y, j_x, there)
                 exist = exist & (key_bias != float("-inf"))
                 there = there & exist
-            keys = _load_rows(k, line_y, line_x, j_y, j_x, b, kv_head, there, counts.head_dim, C.pieces_d)
-            values = _load_rows(v, line_y, line_x, j_y, j_x, b, kv_head, there, counts.value_dim, C.pieces_v)
+            keys = _load_rows(k, line_y, line_x, j_y, j_x, b, kv_head, there, C.head_dim)
+            values = _load_rows(v, line_y, line_x, j_y, j_x, b, kv_head, there, C.value_dim)
             seen = visible(y, x, i_y, i_x, j_y, j_x, line_y[2], line_x[2], queries, exist, C)
             s = scores(
                 rows, keys, key_bias, across, terms, factors, counts, head, y, x, i_y, i_x, j_y, j_x,
                 i_y0, i_x0, j_y0, j_x0, seen, True, C,
             )  # fmt: skip
             p = _weights(s, lse_rows, seen)
-            dp = dot_rows(grads, values, C.m, C.n, C.precision)
+            dp = dot_rows(grads, values, C.m, C.n, C)
             dp += value_part(grads, across_values, terms, counts, head, y, i_y0, j_y0, True, C)
             ds = tl.where(seen & (s != float("-inf")), p * (dp - delta_rows[:, None]), 0.0)
             if C.grad_q:
-                sums = add_product(sums, ds * factors.scale, keys, seen, CAREFUL, C.precision)
+                sums = add_product(sums, ds * factors.scale, keys, seen, CAREFUL, C)
             first_y = first_entry(y, i_y0, j_y0, 0, C)
             seen_y = seen
             if CAREFUL:
@@ -174,19 +176,17 @@ def _query_tile(
             if terms.query_y.data is not None and (C.grad_q or C.grad_query_y):
                 along = unskew_queries(sum_over_keys(ds, 0, C), 0, C) * factors.query
                 if C.grad_q:
-                    sums = add_along(
-                        sums, along, seen_y, terms.query_y, head, first_y, y, counts.head_dim, 0, C.pieces_d, CAREFUL, C
-                    )
+                    sums = add_along(sums, along, seen_y, terms.query_y, head, first_y, y, C.head_dim, 0, CAREFUL, C)
                 if C.grad_query_y:
                     bad += add_to_table(
-                        share + partials.query_y, along, rows, tl.trans(seen_y), first_y, y, counts.head_dim, 0,
-                        C.pieces_d, CAREFUL, C,
+                        share + partials.query_y, along, rows, tl.trans(seen_y), first_y, y, C.head_dim, 0,
+                        CAREFUL, C,
                     )  # fmt: skip
             if C.grad_value_y:
                 along = unskew_queries(sum_over_keys(p, 0, C), 0, C)
                 bad += add_to_table(
-                    share + partials.value_y, along, grads, tl.trans(seen_y), first_y, y, counts.value_dim, 0,
-                    C.pieces_v, CAREFUL, C,
+                    share + partials.value_y, along, grads, tl.trans(seen_y), first_y, y, C.value_dim, 0,
+                    CAREFUL, C,
                 )  # fmt: skip
             if C.grad_bias:
                 add_to_bias(share + partials.bias, unskew_both(ds, C), first_y, first_x, y, x, C)
@@ -199,23 +199,23 @@ def _query_tile(
             along = unskew_queries(grad_x, 1, C) * factors.query
             if C.grad_q:
                 sums = add_along(
-                    sums, along, seen_x_entries, terms.query_x, head, first_x, x, counts.head_dim, 1, C.pieces_d,
+                    sums, along, seen_x_entries, terms.query_x, head, first_x, x, C.head_dim, 1,
                     CAREFUL, C,
                 )  # fmt: skip
             if C.grad_query_x:
                 bad += add_to_table(
-                    share + partials.query_x, along, rows, tl.trans(seen_x_entries), first_x, x, counts.head_dim, 1,
-                    C.pieces_d, CAREFUL, C,
+                    share + partials.query_x, along, rows, tl.trans(seen_x_entries), first_x, x, C.head_dim, 1,
+                    CAREFUL, C,
                 )  # fmt: skip
         if C.grad_value_x:
             along = unskew_queries(weight_x, 1, C)
             bad += add_to_table(
-                share + partials.value_x, along, grads, tl.trans(seen_x_entries), first_x, x, counts.value_dim, 1,
-                C.pieces_v, CAREFUL, C,
+                share + partials.value_x, along, grads, tl.trans(seen_x_entries), first_x, x, C.value_dim, 1,
+                CAREFUL, C,
             )  # fmt: skip
     if C.grad_q:
         at = b * grad_q.batch + head * grad_q.head + offsets(grad_q, line_qy, line_qx, i_y, i_x)
-        store_pieces(grad_q.data, at, queries, grad_q.channel, counts.head_dim, sums, C.pieces_d)
+        store_pieces(grad_q.data, at, queries, grad_q.channel, C.head_dim, sums)
         if C.leaks:
             bad += any_not_finite(sums)
     return bad
@@ -223,46 +223,60 @@ def _query_tile(
 
 @triton.jit(do_not_specialize=["y", "x", "counts", "factors", "partials"])
 def attention_backward_dq_kernel(
-    q, k, v, grad_out, lse, delta, grad_q, before, terms, y, x, factors, counts, partials, C: tl.constexpr
+    q, k, v, grad_out, lse, delta, grad_q, before, terms, y, x, factors, counts, partials, flags, C: tl.constexpr
 ):
     """dQ, and shares of the gradients of query-side tables; see the top of this file.
 
     Args:
         q, k, v, grad_out, lse, delta, grad_q, before: `structs.Map`; `before` is dQ of the part before, float32.
         terms, y, x, factors, counts, partials: `structs.Terms`, `Axis`, `Axis`, `Factors`, `Counts`, `Partials`.
+        flags: int32 [programs], written, and read if C.careful; None unless C.leaks.
         C: `structs.Config`.
     """
-    share, head, nothing = program(partials.shares, counts.heads)
-    if nothing > 0:
-        return
-    if C.tables:
-        mine = partials.data + (share * counts.heads + head) * partials.size
-        bad = 0
-        for t in range(share, counts.tiles * counts.batch, partials.shares):
-            bad += _query_tile(
-                t % counts.tiles, t // counts.tiles, head, q, k, v, grad_out, lse, delta, grad_q, before, terms, y, x,
-                factors, counts, partials, mine, False, C,
-            )  # fmt: skip
-        if C.leaks:
-            if bad > 0:
-                clear(mine, partials.size)
-                for t in range(share, counts.tiles * counts.batch, partials.shares):
-                    _query_tile(
-                        t % counts.tiles, t // counts.tiles, head, q, k, v, grad_out, lse, delta, grad_q, before,
-                        terms, y, x, factors, counts, partials, mine, True, C,
+    every = partials.shares.to(tl.int64) * counts.heads
+    if C.careful:
+        first = program() * FLAGS
+        if flagged(flags, first, every) > 0:
+            for i in range(first, tl.minimum(first + FLAGS, every)):
+                if tl.load(flags + i) != 0:
+                    _query_tiles(
+                        i, q, k, v, grad_out, lse, delta, grad_q, before, terms, y, x, factors, counts, partials,
+                        True, C,
                     )  # fmt: skip
     else:
-        t = share
-        bad = _query_tile(
-            t % counts.tiles, t // counts.tiles, head, q, k, v, grad_out, lse, delta, grad_q, before, terms, y, x,
-            factors, counts, partials, None, False, C,
-        )  # fmt: skip
+        i = program()
+        if i >= every:
+            return
+        bad = _query_tiles(
+            i, q, k, v, grad_out, lse, delta, grad_q, before, terms, y, x, factors, counts, partials, False, C
+        )
         if C.leaks:
-            if bad > 0:
-                _query_tile(
-                    t % counts.tiles, t // counts.tiles, head, q, k, v, grad_out, lse, delta, grad_q, before, terms,
-                    y, x, factors, counts, partials, None, True, C,
-                )  # fmt: skip
+            tl.store(flags + i, bad)
+
+
+@triton.jit
+def _query_tiles(
+    i, q, k, v, grad_out, lse, delta, grad_q, before, terms, y, x, factors, counts, partials,
+    CAREFUL: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """The tiles of the i-th program: of one head, one or a share of all; how much was not finite."""
+    share, head, _ = locate(i, partials.shares, counts.heads)
+    if C.tables:
+        mine = partials.data + (share * counts.heads + head) * partials.size
+        if CAREFUL:
+            clear(mine, partials.size)
+        bad = 0
+        for t in range(share, counts.tiles.to(tl.int64) * counts.batch, partials.shares):
+            bad += _query_tile(
+                t % counts.tiles, t // counts.tiles, head, q, k, v, grad_out, lse, delta, grad_q, before, terms, y, x,
+                factors, counts, partials, mine, CAREFUL, C,
+            )  # fmt: skip
+    else:
+        bad = _query_tile(
+            share % counts.tiles, share // counts.tiles, head, q, k, v, grad_out, lse, delta, grad_q, before, terms,
+            y, x, factors, counts, partials, None, CAREFUL, C,
+        )  # fmt: skip
+    return bad
 
 
 # Keys.
@@ -270,10 +284,10 @@ def attention_backward_dq_kernel(
 
 @triton.jit
 def _key_tile(
-    t, b, kv_head, q, k, v, grad_out, lse, delta, grad_k, grad_v, before_k, before_v, grad_key_bias, received, terms,
-    y, x, factors, counts, partials, share, CAREFUL: tl.constexpr, C: tl.constexpr,
+    t, b, kv_head, q, k, v, grad_out, lse, delta, grad_k, grad_v, before_k, before_v, grad_key_bias, before_key_bias,
+    received, terms, y, x, factors, counts, partials, share, CAREFUL: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of a tile, its key biases' gradient and what it adds to tables; how much was not finite."""
+    """DK and dV of a tile, its key biases' gradient and what it adds to tables; how much was not finite."""
     c_y, b_y, c_x, b_x = block_of(t, y, x)
     line_y, line_x = line(y, c_y, y.keys, C.kind_y), line(x, c_x, x.keys, C.kind_x)
     line_qy, line_qx = line(y, c_y, y.queries, C.kind_y), line(x, c_x, x.queries, C.kind_x)
@@ -283,20 +297,20 @@ def _key_tile(
     end_y, end_x = tl.minimum(j_y0 + C.ky, line_y[2]), tl.minimum(j_x0 + C.kx, line_x[2])
     low_y, high_y = query_range(y, j_y0, end_y, line_qy[2], C.kind_y, C.causal_y, C)
     low_x, high_x = query_range(x, j_x0, end_x, line_qx[2], C.kind_x, C.causal_x, C)
-    keys = _load_rows(k, line_y, line_x, j_y, j_x, b, kv_head, there, counts.head_dim, C.pieces_d)
+    keys = _load_rows(k, line_y, line_x, j_y, j_x, b, kv_head, there, C.head_dim)
     bad = 0
     if C.values:
-        values = _load_rows(v, line_y, line_x, j_y, j_x, b, kv_head, there, counts.value_dim, C.pieces_v)
+        values = _load_rows(v, line_y, line_x, j_y, j_x, b, kv_head, there, C.value_dim)
         if C.goes_on and C.grad_k:
-            sums_k = _load_rows(before_k, line_y, line_x, j_y, j_x, b, kv_head, there, counts.head_dim, C.pieces_d)
+            sums_k = _load_rows(before_k, line_y, line_x, j_y, j_x, b, kv_head, there, C.head_dim)
         else:
-            sums_k = zero_pieces(C.n, C.pieces_d)
+            sums_k = zero_pieces(C.n, C.head_dim)
         if C.goes_on and C.grad_v:
-            sums_v = _load_rows(before_v, line_y, line_x, j_y, j_x, b, kv_head, there, counts.value_dim, C.pieces_v)
+            sums_v = _load_rows(before_v, line_y, line_x, j_y, j_x, b, kv_head, there, C.value_dim)
         else:
-            sums_v = zero_pieces(C.n, C.pieces_v)
+            sums_v = zero_pieces(C.n, C.value_dim)
     else:
-        sums = tl.zeros([C.n], tl.float32)
+        sums = tl.full([C.n], 0, tl.float32)
         if C.goes_on:
             sums = _load_numbers(received, line_y, line_x, j_y, j_x, b, kv_head, there, 0.0)
     for g in range(0, counts.group):
@@ -306,15 +320,15 @@ def _key_tile(
         if terms.key_bias is not None:
             key_bias = load_key_bias(terms, b, head, line_y, line_x, j_y, j_x, there)
             exist = exist & (key_bias != float("-inf"))
-        sums_bias = tl.zeros([C.n], tl.float32)
-        if C.grad_key_bias and C.goes_on and not CAREFUL:
-            sums_bias = _load_numbers(grad_key_bias, line_y, line_x, j_y, j_x, b, head, there, 0.0)
+        sums_bias = tl.full([C.n], 0, tl.float32)
+        if C.grad_key_bias and C.goes_on:
+            sums_bias = _load_numbers(before_key_bias, line_y, line_x, j_y, j_x, b, head, there, 0.0)
         for i_x0 in range(low_x, high_x, C.qx):
             first_x = first_entry(x, i_x0, j_x0, 1, C)
             for i_y0 in range(low_y, high_y, C.qy):
                 i_y, i_x = indices(i_y0, i_x0, C.qy, C.qx)
                 queries = (i_y < high_y) & (i_x < high_x)
-                rows = _load_rows(q, line_qy, line_qx, i_y, i_x, b, head, queries, counts.head_dim, C.pieces_d)
+                rows = _load_rows(q, line_qy, line_qx, i_y, i_x, b, head, queries, C.head_dim)
                 lse_rows = _load_numbers(lse, line_qy, line_qx, i_y, i_x, b, head, queries, 0.0)
                 seen = visible(y, x, i_y, i_x, j_y, j_x, line_y[2], line_x[2], queries, exist, C)
                 s = scores(
@@ -324,22 +338,18 @@ def _key_tile(
                 p = _weights(s, lse_rows, seen)
                 if C.values:
                     delta_rows = _load_numbers(delta, line_qy, line_qx, i_y, i_x, b, head, queries, 0.0)
-                    grads = _load_rows(
-                        grad_out, line_qy, line_qx, i_y, i_x, b, head, queries, counts.value_dim, C.pieces_v
-                    )
+                    grads = _load_rows(grad_out, line_qy, line_qx, i_y, i_x, b, head, queries, C.value_dim)
                     if C.grad_v:
-                        sums_v = add_product(sums_v, tl.trans(p), grads, tl.trans(seen), CAREFUL, C.precision)
+                        sums_v = add_product(sums_v, tl.trans(p), grads, tl.trans(seen), CAREFUL, C)
                     across = 0.0
                     if terms.value_x.data is not None:
-                        across = query_part(
-                            grads, terms.value_x, head, first_x, x, counts.value_dim, 1, C.pieces_v, C
-                        )
-                    dp = dot_rows(grads, values, C.m, C.n, C.precision)
+                        across = query_part(grads, terms.value_x, head, first_x, x, C.value_dim, 1, C)
+                    dp = dot_rows(grads, values, C.m, C.n, C)
                     dp += value_part(grads, across, terms, counts, head, y, i_y0, j_y0, True, C)
                     ds = tl.where(seen & (s != float("-inf")), p * (dp - delta_rows[:, None]), 0.0)
                     if C.grad_k:
                         scaled = tl.trans(ds * factors.scale)
-                        sums_k = add_product(sums_k, scaled, rows, tl.trans(seen), CAREFUL, C.precision)
+                        sums_k = add_product(sums_k, scaled, rows, tl.trans(seen), CAREFUL, C)
                     if C.grad_key_bias:
                         sums_bias += tl.sum(ds, 0)
                     for A in tl.static_range(2):
@@ -353,29 +363,29 @@ def _key_tile(
                                 seen_t = unskew_keys(seen.to(tl.float32), A, C) > 0.5
                             if C.grad_k:
                                 sums_k = add_along(
-                                    sums_k, along, seen_t, table, head, first, axis, counts.head_dim, A, C.pieces_d,
+                                    sums_k, along, seen_t, table, head, first, axis, C.head_dim, A,
                                     CAREFUL, C,
                                 )  # fmt: skip
                             if C.grad_key_y if A == 0 else C.grad_key_x:
                                 to = partials.key_y if A == 0 else partials.key_x
                                 bad += add_to_table(
                                     share + head * partials.size + to, along, keys, tl.trans(seen_t), first, axis,
-                                    counts.head_dim, A, C.pieces_d, CAREFUL, C,
+                                    C.head_dim, A, CAREFUL, C,
                                 )  # fmt: skip
                 else:
                     sums += tl.sum(p, 0)
-        if C.grad_key_bias and not CAREFUL:  # it has no leaks, and was written before
+        if C.grad_key_bias:
             at = b * grad_key_bias.batch + head * grad_key_bias.head + offsets(grad_key_bias, line_y, line_x, j_y, j_x)
             tl.store(grad_key_bias.data + at, sums_bias, mask=there)
     if C.values:
         if C.grad_k:
             at = b * grad_k.batch + kv_head * grad_k.head + offsets(grad_k, line_y, line_x, j_y, j_x)
-            store_pieces(grad_k.data, at, there, grad_k.channel, counts.head_dim, sums_k, C.pieces_d)
+            store_pieces(grad_k.data, at, there, grad_k.channel, C.head_dim, sums_k)
             if C.leaks:
                 bad += any_not_finite(sums_k)
         if C.grad_v:
             at = b * grad_v.batch + kv_head * grad_v.head + offsets(grad_v, line_y, line_x, j_y, j_x)
-            store_pieces(grad_v.data, at, there, grad_v.channel, counts.value_dim, sums_v, C.pieces_v)
+            store_pieces(grad_v.data, at, there, grad_v.channel, C.value_dim, sums_v)
             if C.leaks:
                 bad += any_not_finite(sums_v)
     else:
@@ -386,47 +396,62 @@ def _key_tile(
 
 @triton.jit(do_not_specialize=["y", "x", "counts", "factors", "partials"])
 def attention_backward_dkdv_kernel(
-    q, k, v, grad_out, lse, delta, grad_k, grad_v, before_k, before_v, grad_key_bias, received, terms,
-    y, x, factors, counts, partials, C: tl.constexpr,
+    q, k, v, grad_out, lse, delta, grad_k, grad_v, before_k, before_v, grad_key_bias, before_key_bias, received, terms,
+    y, x, factors, counts, partials, flags, C: tl.constexpr,
 ):  # fmt: skip
     """dK, dV, dkey_bias and shares of the gradients of key-side tables; or the sums of P. See the top of this file.
 
     Args:
-        q, k, v, grad_out, lse, delta, grad_k, grad_v, before_k, before_v, grad_key_bias, received: `structs.Map`;
-            `before_k` and `before_v` are the gradients of the part before, float32; `grad_key_bias` has query heads.
-        terms, y, x, factors, counts, partials: as in `attention_backward_dq_kernel`.
+        q, k, v, grad_out, lse, delta, grad_k, grad_v, before_k, before_v, grad_key_bias, before_key_bias, received:
+            `structs.Map`; those named `before` are of the part before, float32; `grad_key_bias` has query heads.
+        terms, y, x, factors, counts, partials, flags: as in `attention_backward_dq_kernel`.
         C: `structs.Config`.
     """
-    share, kv_head, nothing = program(partials.shares, counts.heads // counts.group)
-    if nothing > 0:
-        return
-    if C.key_tables:
-        mine = partials.data + share * counts.heads * partials.size
-        bad = 0
-        for t in range(share, counts.tiles * counts.batch, partials.shares):
-            bad += _key_tile(
-                t % counts.tiles, t // counts.tiles, kv_head, q, k, v, grad_out, lse, delta, grad_k, grad_v, before_k,
-                before_v, grad_key_bias, received, terms, y, x, factors, counts, partials, mine, False, C,
-            )  # fmt: skip
-        if C.leaks:
-            if bad > 0:
-                clear(mine + kv_head * counts.group * partials.size, counts.group * partials.size)
-                for t in range(share, counts.tiles * counts.batch, partials.shares):
-                    _key_tile(
-                        t % counts.tiles, t // counts.tiles, kv_head, q, k, v, grad_out, lse, delta, grad_k, grad_v,
-                        before_k, before_v, grad_key_bias, received, terms, y, x, factors, counts, partials, mine,
-                        True, C,
+    kv_heads = counts.heads // counts.group
+    every = partials.shares.to(tl.int64) * kv_heads
+    if C.careful:
+        first = program() * FLAGS
+        if flagged(flags, first, every) > 0:
+            for i in range(first, tl.minimum(first + FLAGS, every)):
+                if tl.load(flags + i) != 0:
+                    _key_tiles(
+                        i, q, k, v, grad_out, lse, delta, grad_k, grad_v, before_k, before_v, grad_key_bias,
+                        before_key_bias, received, terms, y, x, factors, counts, partials, True, C,
                     )  # fmt: skip
     else:
-        t = share
-        bad = _key_tile(
-            t % counts.tiles, t // counts.tiles, kv_head, q, k, v, grad_out, lse, delta, grad_k, grad_v, before_k,
-            before_v, grad_key_bias, received, terms, y, x, factors, counts, partials, None, False, C,
+        i = program()
+        if i >= every:
+            return
+        bad = _key_tiles(
+            i, q, k, v, grad_out, lse, delta, grad_k, grad_v, before_k, before_v, grad_key_bias, before_key_bias,
+            received, terms, y, x, factors, counts, partials, False, C,
         )  # fmt: skip
-        if C.leaks:
-            if bad > 0:
-                _key_tile(
-                    t % counts.tiles, t // counts.tiles, kv_head, q, k, v, grad_out, lse, delta, grad_k, grad_v,
-                    before_k, before_v, grad_key_bias, received, terms, y, x, factors, counts, partials, None,
-                    True, C,
-                )  # fmt: skip
+        if C.leaks and C.values:
+            tl.store(flags + i, bad)
+
+
+@triton.jit
+def _key_tiles(
+    i, q, k, v, grad_out, lse, delta, grad_k, grad_v, before_k, before_v, grad_key_bias, before_key_bias, received,
+    terms, y, x, factors, counts, partials, CAREFUL: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """The tiles of the i-th program: of one key head, one or a share of all; how much was not finite."""
+    share, kv_head, _ = locate(i, partials.shares, counts.heads // counts.group)
+    if C.key_tables:
+        mine = partials.data + share * counts.heads * partials.size
+        if CAREFUL:
+            clear(mine + kv_head * counts.group * partials.size, counts.group * partials.size)
+        bad = 0
+        for t in range(share, counts.tiles.to(tl.int64) * counts.batch, partials.shares):
+            bad += _key_tile(
+                t % counts.tiles, t // counts.tiles, kv_head, q, k, v, grad_out, lse, delta, grad_k, grad_v, before_k,
+                before_v, grad_key_bias, before_key_bias, received, terms, y, x, factors, counts, partials, mine,
+                CAREFUL, C,
+            )  # fmt: skip
+    else:
+        bad = _key_tile(
+            share % counts.tiles, share // counts.tiles, kv_head, q, k, v, grad_out, lse, delta, grad_k, grad_v,
+            before_k, before_v, grad_key_bias, before_key_bias, received, terms, y, x, factors, counts, partials,
+            None, CAREFUL, C,
+        )  # fmt: skip
+    return bad

@@ -13,8 +13,10 @@ which is known at compile time: a fixed permutation (`skew`). Gradients go back 
 of one ky, put at their e (`unskew`), times the table, or times the queries.
 
 Leaks. A product over a tile multiplies what a masked pair would bring by 0, and 0 * NaN is NaN. Each kernel computes
-with plain products, looks whether its result is finite, and only if it is not computes again with CAREFUL ones, which
-treat what is not finite as the reference does.
+with plain products and notes for each of its tiles how much of the result is not finite. Where masked pairs can be in a
+product (C.leaks) it is launched a second time, C.careful: for tiles of which something was noted, and with products
+that treat what is not finite as the reference does. For the others, which are all of them as a rule, that is a look at
+a flag.
 """
 
 from __future__ import annotations
@@ -28,35 +30,78 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-# Pieces of channels.
+# Pieces of channels, known at compile time.
+
+
+@triton.constexpr_function
+def pieces(width):
+    """The pieces of a width: powers of two of at least 16, equal but for the last, which is smaller.
+
+    80 is (64, 16), 512 is (128,) * 4, 3 is (16,). A tail that would pad to the size of the rest is one piece with it.
+    """
+    padded = -(-max(width, 1) // 16) * 16
+    if padded >= 128:
+        full, rest = padded // 128, padded % 128
+        return (128,) * full + ((1 << (rest - 1).bit_length(),) if rest else ())
+    first = 1 << (padded - 1).bit_length()
+    if padded == first:
+        return (first,)
+    rest = 1 << (padded - first // 2 - 1).bit_length()
+    return (first,) if rest == first // 2 else (first // 2, rest)
+
+
+@triton.constexpr_function
+def piece_count(width):
+    """How many pieces a width has."""
+    return len(pieces(width))
+
+
+@triton.constexpr_function
+def piece(width, i):
+    """The channels of a piece."""
+    return pieces(width)[i]
+
+
+@triton.constexpr_function
+def piece_start(width, i):
+    """The first channel of a piece."""
+    return i * pieces(width)[0]
 
 
 @triton.jit
-def load_pieces(data, offset, there, channel, width, PIECES: tl.constexpr):
+def load_pieces(data, offset, there, channel, WIDTH: tl.constexpr):
     """Rows of a map, [rows, piece] each; zeros where a row is not there and beyond the width."""
     out = ()
-    for i in tl.static_range(len(PIECES)):
-        c = i * tl.constexpr(PIECES[0]) + tl.arange(0, tl.constexpr(PIECES[i]))
+    for i in tl.static_range(piece_count(WIDTH)):
+        c = piece_start(WIDTH, i) + tl.arange(0, piece(WIDTH, i))
         at = data + (offset[:, None] + c.to(tl.int64)[None, :] * channel)
-        out = out + (tl.load(at, mask=there[:, None] & (c < width)[None, :], other=0.0),)
+        mask = there[:, None]
+        if (
+            piece_start(WIDTH, i) + piece(WIDTH, i) > WIDTH
+        ):  # a mask of columns would keep whole pieces from being read in whole vectors
+            mask = mask & (c < WIDTH)[None, :]
+        out = out + (tl.load(at, mask=mask, other=0.0),)
     return out
 
 
 @triton.jit
-def store_pieces(data, offset, there, channel, width, pieces, PIECES: tl.constexpr):
+def store_pieces(data, offset, there, channel, WIDTH: tl.constexpr, pieces):
     """The inverse of `load_pieces`, in the dtype of the tensor."""
-    for i in tl.static_range(len(PIECES)):
-        c = i * tl.constexpr(PIECES[0]) + tl.arange(0, tl.constexpr(PIECES[i]))
+    for i in tl.static_range(piece_count(WIDTH)):
+        c = piece_start(WIDTH, i) + tl.arange(0, piece(WIDTH, i))
         at = data + (offset[:, None] + c.to(tl.int64)[None, :] * channel)
-        tl.store(at, pieces[i].to(data.dtype.element_ty), mask=there[:, None] & (c < width)[None, :])
+        mask = there[:, None]
+        if piece_start(WIDTH, i) + piece(WIDTH, i) > WIDTH:
+            mask = mask & (c < WIDTH)[None, :]
+        tl.store(at, pieces[i].to(data.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def zero_pieces(ROWS: tl.constexpr, PIECES: tl.constexpr):
+def zero_pieces(ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Sums that start at 0, float32."""
     out = ()
-    for i in tl.static_range(len(PIECES)):
-        out = out + (tl.zeros([ROWS, tl.constexpr(PIECES[i])], tl.float32),)
+    for i in tl.static_range(piece_count(WIDTH)):
+        out = out + (tl.zeros([ROWS, piece(WIDTH, i)], tl.float32),)
     return out
 
 
@@ -78,50 +123,61 @@ def any_not_finite(pieces):
     return count
 
 
+FLAGS = tl.constexpr(64)
+
+
+@triton.jit
+def flagged(flags, first, count):
+    """How many of the FLAGS flags from `first` on are set."""
+    i = first + tl.arange(0, FLAGS)
+    return tl.sum((tl.load(flags + i, mask=i < count, other=0) != 0).to(tl.int32), 0)
+
+
 # Products.
 
 
 @triton.jit
-def dot_rows(a, b, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr):
+def dot_rows(a, b, ROWS: tl.constexpr, COLUMNS: tl.constexpr, C: tl.constexpr):
     """Products of rows with rows: [ROWS, COLUMNS], summed over all pieces."""
     s = tl.zeros([ROWS, COLUMNS], tl.float32)
     for i in tl.static_range(len(a)):
-        s = tl.dot(a[i], tl.trans(b[i]), s, input_precision=PRECISION)
+        s = tl.dot(a[i], tl.trans(b[i]), s, input_precision=C.precision)
     return s
 
 
 @triton.jit
-def add_product(sums, p, b, seen, CAREFUL: tl.constexpr, PRECISION: tl.constexpr):
+def add_product(sums, p, b, seen, CAREFUL: tl.constexpr, C: tl.constexpr):
     """`sums + p @ b` for each piece of b; CAREFUL: over the pairs that are seen, whatever the others hold."""
     out = ()
     for i in tl.static_range(len(b)):
         x = b[i]
         if CAREFUL:
-            out = out + (sums[i] + _careful(p, x, seen, PRECISION),)
+            out = out + (sums[i] + _careful(p, x, seen, C),)
         else:
-            out = out + (tl.dot(p.to(x.dtype), x, sums[i], input_precision=PRECISION),)
+            out = out + (tl.dot(p.to(x.dtype), x, sums[i], input_precision=C.precision),)
     return out
 
 
 @triton.jit
-def _careful(p, b, seen, PRECISION: tl.constexpr):
-    """p @ b where NaN and Inf of b reach the rows that see them and no other; where p is 0, 0 * Inf is NaN."""
-    p = tl.where(seen, p, 0.0)
+def _careful(p, b, seen, C: tl.constexpr):
+    """P @ b where NaN and Inf of b reach the rows that see them and no other; where p is 0, 0 * Inf is NaN."""
+    p = tl.where(seen, p, 0.0).to(b.dtype)
     finite = b - b == 0
-    out = tl.dot(p.to(b.dtype), tl.where(finite, b, 0.0).to(b.dtype), input_precision=PRECISION)
-    see = seen.to(tl.float32)
+    out = tl.dot(p, tl.where(finite, b, 0.0).to(b.dtype), input_precision=C.precision)
+    see = seen.to(b.dtype)
     for sign in tl.static_range(3):
         if sign == 0:
-            at = (b != b).to(tl.float32)
+            at = (b != b).to(b.dtype)
             value = float("nan")
         elif sign == 1:
-            at = (b == float("inf")).to(tl.float32)
+            at = (b == float("inf")).to(b.dtype)
             value = float("inf")
         else:
-            at = (b == float("-inf")).to(tl.float32)
+            at = (b == float("-inf")).to(b.dtype)
             value = float("-inf")
-        met = tl.dot(see, at, input_precision="ieee") > 0.5
-        out += tl.dot(p.to(tl.float32), at, input_precision="ieee") * tl.where(met, value, 0.0)
+        # What counts here is zero, positive or negative: TF32 does for float32.
+        met = tl.dot(see, at, input_precision="tf32") > 0.5
+        out += tl.dot(p, at, input_precision="tf32") * tl.where(met, value, 0.0)
     return out
 
 
@@ -178,20 +234,14 @@ def visible(y, x, i_y, i_x, j_y, j_x, n_y, n_x, queries, keys, C: tl.constexpr):
     return seen
 
 
-# Relative vectors. `A` is the axis, 0 for y and 1 for x; within a tile, query m lies at _query(m) of it and key n at
-# _key(n).
+# Relative vectors. `A` is the axis, 0 for y and 1 for x. The permutations go through flat indices: a gather along one
+# axis of a matrix would be made of shuffles and selects, one for each of its columns.
 
 
 @triton.jit
-def _query(A: tl.constexpr, C: tl.constexpr):
-    m = tl.arange(0, C.m)
-    return m // C.qx if A == 0 else m % C.qx
-
-
-@triton.jit
-def _key(A: tl.constexpr, C: tl.constexpr):
-    n = tl.arange(0, C.n)
-    return n // C.kx if A == 0 else n % C.kx
+def _along(r, SIZE_X: tl.constexpr, A: tl.constexpr):
+    """The index along an axis of position r of a box."""
+    return r // SIZE_X if A == 0 else r % SIZE_X
 
 
 @triton.jit
@@ -201,36 +251,48 @@ def first_entry(axis, first_i, first_j, A: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def load_table(table, head, first, axis, width, A: tl.constexpr, PIECES: tl.constexpr, C: tl.constexpr):
+def load_table(table, head, first, axis, WIDTH: tl.constexpr, A: tl.constexpr, C: tl.constexpr):
     """The rows of a table from entry `first` on, [E, piece] each; zeros where the table has none."""
     e = first + tl.arange(0, C.ey if A == 0 else C.ex)
     there = (e >= 0) & (e < 2 * axis.reach - 1)
-    return load_pieces(table.data + head * table.head, e.to(tl.int64) * width, there, 1, width, PIECES)
+    return load_pieces(table.data + head * table.head, e.to(tl.int64) * WIDTH, there, 1, WIDTH)
 
 
 @triton.jit
-def skew_queries(t, A: tl.constexpr, C: tl.constexpr):
+def _skew_queries(t, A: tl.constexpr, C: tl.constexpr):
     """From products of queries and entries, [M, E], what each pair takes, [M, N]."""
-    e = _key(A, C)[None, :] - _query(A, C)[:, None] + ((C.qy if A == 0 else C.qx) - 1)
-    return tl.gather(t, e, 1)
-
-
-@triton.jit
-def skew_keys(t, A: tl.constexpr, C: tl.constexpr):
-    """From products of keys and entries, [N, E], what each pair takes, [M, N]."""
-    e = _key(A, C)[:, None] - _query(A, C)[None, :] + ((C.qy if A == 0 else C.qx) - 1)
-    return tl.trans(tl.gather(t, e, 1))
-
-
-@triton.jit
-def _take(x, index, AXIS: tl.constexpr, LENGTH: tl.constexpr):
-    """x at `index` along an axis of the given length, 0 where the index lies outside it."""
-    there = (index >= 0) & (index < LENGTH)
-    if LENGTH == 1:
-        taken = tl.where(there, x, 0.0)
+    E: tl.constexpr = C.ey if A == 0 else C.ex
+    K: tl.constexpr = C.ky if A == 0 else C.kx
+    r = tl.arange(0, C.m * K)
+    e = r % K - _along(r // K, C.qx, A) + ((C.qy if A == 0 else C.qx) - 1)
+    g = tl.reshape(tl.gather(tl.reshape(t, [C.m * E]), r // K * E + e, 0), [C.m, K])
+    if A == 0:
+        g = tl.broadcast_to(tl.expand_dims(g, 2), [C.m, C.ky, C.kx])
     else:
-        taken = tl.where(there, tl.gather(x, tl.minimum(tl.maximum(index, 0), LENGTH - 1), AXIS), 0.0)
-    return taken
+        g = tl.broadcast_to(tl.expand_dims(g, 1), [C.m, C.ky, C.kx])
+    return tl.reshape(g, [C.m, C.n])
+
+
+@triton.jit
+def _skew_keys(t, A: tl.constexpr, C: tl.constexpr):
+    """From products of keys and entries, [N, E], what each pair takes, [M, N]."""
+    E: tl.constexpr = C.ey if A == 0 else C.ex
+    Q: tl.constexpr = C.qy if A == 0 else C.qx
+    r = tl.arange(0, Q * C.n)
+    e = _along(r % C.n, C.kx, A) - r // C.n + (Q - 1)
+    g = tl.reshape(tl.gather(tl.reshape(t, [C.n * E]), r % C.n * E + e, 0), [Q, C.n])
+    if A == 0:
+        g = tl.broadcast_to(tl.expand_dims(g, 1), [C.qy, C.qx, C.n])
+    else:
+        g = tl.broadcast_to(tl.expand_dims(g, 0), [C.qy, C.qx, C.n])
+    return tl.reshape(g, [C.m, C.n])
+
+
+@triton.jit
+def _take(x, row, index, LENGTH: tl.constexpr):
+    """x[row, index] of rows of the given length, 0 where the index lies outside; all of them flat."""
+    there = (index >= 0) & (index < LENGTH)
+    return tl.where(there, tl.gather(x, row * LENGTH + tl.minimum(tl.maximum(index, 0), LENGTH - 1), 0), 0.0)
 
 
 @triton.jit
@@ -246,71 +308,91 @@ def sum_over_keys(g, A: tl.constexpr, C: tl.constexpr):
 @triton.jit
 def unskew_queries(sums, A: tl.constexpr, C: tl.constexpr):
     """From sums over the keys of one index, put each at its entry: [M, E]."""
-    e = tl.arange(0, C.ey if A == 0 else C.ex)
-    index = e[None, :] + _query(A, C)[:, None] - ((C.qy if A == 0 else C.qx) - 1)
-    return _take(sums, index, 1, C.ky if A == 0 else C.kx)
+    E: tl.constexpr = C.ey if A == 0 else C.ex
+    LENGTH: tl.constexpr = C.ky if A == 0 else C.kx
+    r = tl.arange(0, C.m * E)
+    index = r % E + _along(r // E, C.qx, A) - ((C.qy if A == 0 else C.qx) - 1)
+    return tl.reshape(_take(tl.reshape(sums, [C.m * LENGTH]), r // E, index, LENGTH), [C.m, E])
 
 
 @triton.jit
 def unskew_keys(g, A: tl.constexpr, C: tl.constexpr):
     """From [M, N], sums over the queries of one index along A, each at its entry: [N, E]."""
-    t = tl.trans(g)
+    E: tl.constexpr = C.ey if A == 0 else C.ex
+    LENGTH: tl.constexpr = C.qy if A == 0 else C.qx
+    sums = tl.trans(g)
     if not (C.qx == 1 if A == 0 else C.qy == 1):
-        t = tl.sum(tl.reshape(t, [C.n, C.qy, C.qx]), 2 if A == 0 else 1)
-    e = tl.arange(0, C.ey if A == 0 else C.ex)
-    index = _key(A, C)[:, None] + ((C.qy if A == 0 else C.qx) - 1) - e[None, :]
-    return _take(t, index, 1, C.qy if A == 0 else C.qx)
+        sums = tl.sum(tl.reshape(sums, [C.n, C.qy, C.qx]), 2 if A == 0 else 1)
+    r = tl.arange(0, C.n * E)
+    index = _along(r // E, C.kx, A) + (LENGTH - 1) - r % E
+    return tl.reshape(_take(tl.reshape(sums, [C.n * LENGTH]), r // E, index, LENGTH), [C.n, E])
 
 
 @triton.jit
 def unskew_both(g, C: tl.constexpr):
     """From [M, N], the sum over the pairs of each pair of offsets: [EY, EX]."""
-    t = tl.reshape(g, [C.qy, C.qx, C.ky, C.kx])
-    e_x = tl.arange(0, C.ex)[None, None, None, :]
-    q_x = tl.arange(0, C.qx)[None, :, None, None]
-    index = tl.broadcast_to(e_x + q_x - (C.qx - 1), [C.qy, C.qx, C.ky, C.ex])
-    t = tl.sum(_take(t, index, 3, C.kx), 1)  # [QY, KY, EX]
-    e_y = tl.arange(0, C.ey)[None, :, None]
-    q_y = tl.arange(0, C.qy)[:, None, None]
-    index = tl.broadcast_to(e_y + q_y - (C.qy - 1), [C.qy, C.ey, C.ex])
-    return tl.sum(_take(t, index, 1, C.ky), 0)
+    ROWS: tl.constexpr = C.qy * C.qx * C.ky
+    r = tl.arange(0, ROWS * C.ex)
+    q_x = (r // (C.ex * C.ky)) % C.qx
+    t = _take(tl.reshape(g, [C.m * C.n]), r // C.ex, r % C.ex + q_x - (C.qx - 1), C.kx)
+    t = tl.sum(tl.reshape(t, [C.qy, C.qx, C.ky * C.ex]), 1)  # [QY, KY * EX]
+    # The same along y, where a row is one query row and one entry along x: [QY, EX, KY] before, [QY, EX, EY] after.
+    t = tl.reshape(tl.permute(tl.reshape(t, [C.qy, C.ky, C.ex]), [0, 2, 1]), [C.qy * C.ex * C.ky])
+    r = tl.arange(0, C.qy * C.ex * C.ey)
+    q_y = r // (C.ey * C.ex)
+    t = _take(t, r // C.ey, r % C.ey + q_y - (C.qy - 1), C.ky)
+    return tl.trans(tl.sum(tl.reshape(t, [C.qy, C.ex, C.ey]), 0))
 
 
 @triton.jit
-def query_part(rows, table, head, first, axis, width, A: tl.constexpr, PIECES: tl.constexpr, C: tl.constexpr):
+def query_part(rows, table, head, first, axis, WIDTH: tl.constexpr, A: tl.constexpr, C: tl.constexpr):
     """Products of each pair's query-side row with its entry of a table, [M, N]."""
-    t = dot_rows(rows, load_table(table, head, first, axis, width, A, PIECES, C), C.m, C.ey if A == 0 else C.ex, C.precision)
-    return skew_queries(t, A, C)
+    t = dot_rows(rows, load_table(table, head, first, axis, WIDTH, A, C), C.m, C.ey if A == 0 else C.ex, C)
+    return _skew_queries(t, A, C)
 
 
 @triton.jit
-def key_part(rows, table, head, first, axis, width, A: tl.constexpr, PIECES: tl.constexpr, C: tl.constexpr):
+def key_part(rows, table, head, first, axis, WIDTH: tl.constexpr, A: tl.constexpr, C: tl.constexpr):
     """Products of each pair's key with its entry of a table, [M, N]."""
-    t = dot_rows(rows, load_table(table, head, first, axis, width, A, PIECES, C), C.n, C.ey if A == 0 else C.ex, C.precision)
-    return skew_keys(t, A, C)
+    t = dot_rows(rows, load_table(table, head, first, axis, WIDTH, A, C), C.n, C.ey if A == 0 else C.ex, C)
+    return _skew_keys(t, A, C)
 
 
 @triton.jit
-def add_along(sums, t, seen, table, head, first, axis, width, A: tl.constexpr, PIECES: tl.constexpr, CAREFUL: tl.constexpr, C: tl.constexpr):
+def add_along(
+    sums,
+    t,
+    seen,
+    table,
+    head,
+    first,
+    axis,
+    WIDTH: tl.constexpr,
+    A: tl.constexpr,
+    CAREFUL: tl.constexpr,
+    C: tl.constexpr,
+):
     """`sums + t @ entries`, for t[M, E] or t[N, E]; `seen` shaped like t, looked at only if CAREFUL."""
-    return add_product(sums, t, load_table(table, head, first, axis, width, A, PIECES, C), seen, CAREFUL, C.precision)
+    return add_product(sums, t, load_table(table, head, first, axis, WIDTH, A, C), seen, CAREFUL, C)
 
 
 # Gradients of tables: each program adds to a share of its own.
 
 
 @triton.jit
-def add_to_table(share, t, rows, seen, first, axis, width, A: tl.constexpr, PIECES: tl.constexpr, CAREFUL: tl.constexpr, C: tl.constexpr):
-    """Add t^T @ rows to the entries from `first` on of a share [2K - 1, width]; how much was not finite."""
+def add_to_table(
+    share, t, rows, seen, first, axis, WIDTH: tl.constexpr, A: tl.constexpr, CAREFUL: tl.constexpr, C: tl.constexpr
+):
+    """Add t^T @ rows to the entries from `first` on of a share [2K - 1, WIDTH]; how much was not finite."""
     E: tl.constexpr = C.ey if A == 0 else C.ex
-    added = add_product(zero_pieces(E, PIECES), tl.trans(t), rows, seen, CAREFUL, C.precision)
+    added = add_product(zero_pieces(E, WIDTH), tl.trans(t), rows, seen, CAREFUL, C)
     e = first + tl.arange(0, E)
     there = (e >= 0) & (e < 2 * axis.reach - 1)
-    old = load_pieces(share, e.to(tl.int64) * width, there, 1, width, PIECES)
+    old = load_pieces(share, e.to(tl.int64) * WIDTH, there, 1, WIDTH)
     new = ()
-    for i in tl.static_range(len(PIECES)):
+    for i in tl.static_range(piece_count(WIDTH)):
         new = new + (old[i] + added[i],)
-    store_pieces(share, e.to(tl.int64) * width, there, 1, width, new, PIECES)
+    store_pieces(share, e.to(tl.int64) * WIDTH, there, 1, WIDTH, new)
     tl.debug_barrier()  # other threads read these numbers next time
     return any_not_finite(added)
 
@@ -352,8 +434,27 @@ def load_key_bias(terms, b, head, line_y, line_x, j_y, j_x, there):
 
 @triton.jit
 def scores(
-    q, k, key_bias, across, terms, factors, counts, head, y, x, i_y, i_x, j_y, j_x,
-    i_y0, i_x0, j_y0, j_x0, seen, ACROSS: tl.constexpr, C: tl.constexpr,
+    q,
+    k,
+    key_bias,
+    across,
+    terms,
+    factors,
+    counts,
+    head,
+    y,
+    x,
+    i_y,
+    i_x,
+    j_y,
+    j_x,
+    i_y0,
+    i_x0,
+    j_y0,
+    j_x0,
+    seen,
+    ACROSS: tl.constexpr,
+    C: tl.constexpr,
 ):
     """The scores of a tile in base 2, [M, N] float32; -inf in pairs that are not seen.
 
@@ -362,25 +463,25 @@ def scores(
         key_bias: that of each key, or None.
         across: the query's part along x if ACROSS, where it was computed before.
     """
-    s = dot_rows(q, k, C.m, C.n, C.precision) * (factors.scale * LOG2E)
+    s = dot_rows(q, k, C.m, C.n, C) * (factors.scale * LOG2E)
     if terms.query_y.data is not None:
         first = first_entry(y, i_y0, j_y0, 0, C)
-        part = query_part(q, terms.query_y, head, first, y, counts.head_dim, 0, C.pieces_d, C)
+        part = query_part(q, terms.query_y, head, first, y, C.head_dim, 0, C)
         s += part * (factors.query * LOG2E)
     if terms.query_x.data is not None:
         if ACROSS:
             part = across
         else:
             first = first_entry(x, i_x0, j_x0, 1, C)
-            part = query_part(q, terms.query_x, head, first, x, counts.head_dim, 1, C.pieces_d, C)
+            part = query_part(q, terms.query_x, head, first, x, C.head_dim, 1, C)
         s += part * (factors.query * LOG2E)
     if terms.key_y.data is not None:
         first = first_entry(y, i_y0, j_y0, 0, C)
-        part = key_part(k, terms.key_y, head, first, y, counts.head_dim, 0, C.pieces_d, C)
+        part = key_part(k, terms.key_y, head, first, y, C.head_dim, 0, C)
         s += part * (factors.key * LOG2E)
     if terms.key_x.data is not None:
         first = first_entry(x, i_x0, j_x0, 1, C)
-        part = key_part(k, terms.key_x, head, first, x, counts.head_dim, 1, C.pieces_d, C)
+        part = key_part(k, terms.key_x, head, first, x, C.head_dim, 1, C)
         s += part * (factors.key * LOG2E)
     if terms.bias is not None:
         to = (j_y + (y.reach - 1)).to(tl.int64) * terms.bias_y + (j_x + (x.reach - 1)).to(tl.int64) * terms.bias_x
@@ -398,5 +499,5 @@ def value_part(rows, across, terms, counts, head, y, i_y0, j_y0, ACROSS: tl.cons
     part = across
     if terms.value_y.data is not None:
         first = first_entry(y, i_y0, j_y0, 0, C)
-        part = part + query_part(rows, terms.value_y, head, first, y, counts.value_dim, 0, C.pieces_v, C)
+        part = part + query_part(rows, terms.value_y, head, first, y, C.value_dim, 0, C)
     return part

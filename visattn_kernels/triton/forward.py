@@ -19,12 +19,14 @@ import triton
 import triton.language as tl
 
 from visattn_kernels.triton.engine import (
+    FLAGS,
     LN2,
     LOG2E,
     add_along,
     add_product,
     any_not_finite,
     first_entry,
+    flagged,
     indices,
     inside,
     key_range,
@@ -40,7 +42,7 @@ from visattn_kernels.triton.engine import (
     visible,
     zero_pieces,
 )
-from visattn_kernels.triton.geometry import block_of, class_of, line, program
+from visattn_kernels.triton.geometry import block_of, class_of, line, locate, program
 
 
 @triton.jit
@@ -59,9 +61,7 @@ def query_tile(tile, y, x, points, C: tl.constexpr):
 
 
 @triton.jit
-def _walk(
-    q, k, v, terms, y, x, factors, counts, b, head, tile, acc, m, l, CAREFUL: tl.constexpr, C: tl.constexpr
-):
+def _walk(q, k, v, terms, y, x, factors, counts, b, head, tile, acc, m, l, CAREFUL: tl.constexpr, C: tl.constexpr):
     """Go through the keys of a tile; acc, m and l go on from what they are."""
     c_y, i_y0, end_y, c_x, i_x0, end_x = tile
     i_y, i_x = indices(i_y0, i_x0, C.qy, C.qx)
@@ -75,9 +75,9 @@ def _walk(
         across = 0.0
         if terms.query_x.data is not None:
             first = first_entry(x, i_x0, j_x0, 1, C)
-            across = query_part(q, terms.query_x, head, first, x, counts.head_dim, 1, C.pieces_d, C)
-        along_x = tl.zeros([C.m, C.kx], tl.float32)
-        seen_x = tl.zeros([C.m, C.kx], tl.float32)
+            across = query_part(q, terms.query_x, head, first, x, C.head_dim, 1, C)
+        along_x = tl.full([C.m, C.kx], 0, tl.float32)
+        seen_x = tl.full([C.m, C.kx], 0, tl.float32)
         for j_y0 in range(low_y, high_y, C.ky):
             j_y, j_x = indices(j_y0, j_x0, C.ky, C.kx)
             exist = (j_y < high_y) & (j_x < high_x)
@@ -87,9 +87,7 @@ def _walk(
                 key_bias = load_key_bias(terms, b, head, line_y, line_x, j_y, j_x, there)
                 exist = exist & (key_bias != float("-inf"))
                 there = there & exist
-            keys = load_pieces(
-                keys_of_head, offsets(k, line_y, line_x, j_y, j_x), there, k.channel, counts.head_dim, C.pieces_d
-            )
+            keys = load_pieces(keys_of_head, offsets(k, line_y, line_x, j_y, j_x), there, k.channel, C.head_dim)
             seen = visible(y, x, i_y, i_x, j_y, j_x, line_y[2], line_x[2], queries, exist, C)
             s = scores(
                 q, keys, key_bias, across, terms, factors, counts, head, y, x, i_y, i_x, j_y, j_x,
@@ -105,18 +103,16 @@ def _walk(
                 acc = scale_pieces(acc, factor)
                 values_of_head = v.data + b * v.batch + kv_head * v.head
                 values = load_pieces(
-                    values_of_head, offsets(v, line_y, line_x, j_y, j_x), there, v.channel, counts.value_dim, C.pieces_v
+                    values_of_head, offsets(v, line_y, line_x, j_y, j_x), there, v.channel, C.value_dim
                 )
-                acc = add_product(acc, p, values, seen, CAREFUL, C.precision)
+                acc = add_product(acc, p, values, seen, CAREFUL, C)
                 if terms.value_y.data is not None:
                     first = first_entry(y, i_y0, j_y0, 0, C)
                     t = unskew_queries(sum_over_keys(p, 0, C), 0, C)
                     seen_t = seen
                     if CAREFUL:
                         seen_t = unskew_queries(sum_over_keys(seen.to(tl.float32), 0, C), 0, C) > 0.5
-                    acc = add_along(
-                        acc, t, seen_t, terms.value_y, head, first, y, counts.value_dim, 0, C.pieces_v, CAREFUL, C
-                    )
+                    acc = add_along(acc, t, seen_t, terms.value_y, head, first, y, C.value_dim, 0, CAREFUL, C)
                 if terms.value_x.data is not None:
                     along_x = along_x * factor[:, None] + sum_over_keys(p, 1, C)
                     if CAREFUL:
@@ -125,66 +121,91 @@ def _walk(
             first = first_entry(x, i_x0, j_x0, 1, C)
             t = unskew_queries(along_x, 1, C)
             seen_t = unskew_queries(seen_x, 1, C) > 0.5
-            acc = add_along(acc, t, seen_t, terms.value_x, head, first, x, counts.value_dim, 1, C.pieces_v, CAREFUL, C)
+            acc = add_along(acc, t, seen_t, terms.value_x, head, first, x, C.value_dim, 1, CAREFUL, C)
     return acc, m, l
 
 
 @triton.jit
-def _start(before, lse, at, at_before, queries, counts, C: tl.constexpr):
-    """Where the online softmax begins: with nothing, or with the result of the part before."""
-    acc = zero_pieces(C.m, C.pieces_v)
-    m = tl.full([C.m], float("-inf"), tl.float32)
-    l = tl.zeros([C.m], tl.float32)
-    if C.goes_on:
-        m = tl.load(lse + at, mask=queries, other=float("-inf")) * LOG2E
-        l = tl.where(m == float("-inf"), 0.0, 1.0)
-        if C.values:
-            acc = load_pieces(before.data, at_before, queries, before.channel, counts.value_dim, C.pieces_v)
-    return acc, m, l
-
-
-@triton.jit(do_not_specialize=["y", "x", "counts", "factors"])
-def attention_forward_kernel(
-    q, k, v, out, lse, before, terms, y, x, factors, counts, points, C: tl.constexpr
+def _tile(
+    i,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    before,
+    before_lse,
+    terms,
+    y,
+    x,
+    factors,
+    counts,
+    points,
+    CAREFUL: tl.constexpr,
+    C: tl.constexpr,
 ):
-    """out and lse of one tile; see the top of this file.
-
-    Args:
-        q, k, v, out, lse, before: `structs.Map`; `before` is the out of the part before, float32.
-        terms, y, x, factors, counts: `structs.Terms`, `Axis`, `Axis`, `Factors`, `Counts`.
-        points: int64 [points, 2], (y, x) positions, if C.points.
-        C: `structs.Config`.
-    """
-    t, head, b = program(counts.tiles, counts.heads)
-    if b >= counts.batch:
-        return
+    """Out and lse of the i-th tile; how much of out is not finite."""
+    t, head, b = locate(i, counts.tiles, counts.heads)
     tile = query_tile(t, y, x, points, C)
     c_y, i_y0, end_y, c_x, i_x0, end_x = tile
     i_y, i_x = indices(i_y0, i_x0, C.qy, C.qx)
     queries = (i_y < end_y) & (i_x < end_x)
     line_y, line_x = line(y, c_y, y.queries, C.kind_y), line(x, c_x, x.queries, C.kind_x)
     at_q = b * q.batch + head * q.head + offsets(q, line_y, line_x, i_y, i_x)
-    rows = load_pieces(q.data, at_q, queries, q.channel, counts.head_dim, C.pieces_d)
+    rows = load_pieces(q.data, at_q, queries, q.channel, C.head_dim)
     at_lse = b * lse.batch + head * lse.head
     if C.points:
         at_lse += t * lse.y + (i_y * 0).to(tl.int64)
     else:
         at_lse += offsets(lse, line_y, line_x, i_y, i_x)
-    at_before = at_lse * 0
-    if C.goes_on and C.values:
-        at_before = b * before.batch + head * before.head + offsets(before, line_y, line_x, i_y, i_x)
-    acc, m, l = _start(before, lse.data, at_lse, at_before, queries, counts, C)
-    acc, m, l = _walk(rows, k, v, terms, y, x, factors, counts, b, head, tile, acc, m, l, False, C)
-    if C.leaks and C.values:
-        if any_not_finite(acc) > 0:
-            acc, m, l = _start(before, lse.data, at_lse, at_before, queries, counts, C)
-            acc, m, l = _walk(rows, k, v, terms, y, x, factors, counts, b, head, tile, acc, m, l, True, C)
+    acc = zero_pieces(C.m, C.value_dim)
+    m = tl.full([C.m], float("-inf"), tl.float32)
+    l = tl.full([C.m], 0, tl.float32)
+    if C.goes_on:
+        m = tl.load(before_lse + at_lse, mask=queries, other=float("-inf")) * LOG2E
+        l = tl.where(m == float("-inf"), 0.0, 1.0)
+        if C.values:
+            at = b * before.batch + head * before.head + offsets(before, line_y, line_x, i_y, i_x)
+            acc = load_pieces(before.data, at, queries, before.channel, C.value_dim)
+    acc, m, l = _walk(rows, k, v, terms, y, x, factors, counts, b, head, tile, acc, m, l, CAREFUL, C)
     none = m == float("-inf")
-    total = tl.where(m == float("inf"), float("inf"), (m + tl.log2(l)) * LN2)
+    total = tl.where(m == float("inf"), float("inf"), (m + tl.log2(tl.where(none, 1.0, l))) * LN2)
     tl.store(lse.data + at_lse, tl.where(none, float("-inf"), total), mask=queries)
+    bad = 0
     if C.values:
+        at = b * out.batch + head * out.head + offsets(out, line_y, line_x, i_y, i_x)
         inverse = 1.0 / tl.where(none, 1.0, l)
-        at_out = b * out.batch + head * out.head + offsets(out, line_y, line_x, i_y, i_x)
-        store_pieces(
-            out.data, at_out, queries, out.channel, counts.value_dim, scale_pieces(acc, inverse), C.pieces_v
-        )
+        store_pieces(out.data, at, queries, out.channel, C.value_dim, scale_pieces(acc, inverse))
+        if C.leaks and not CAREFUL:
+            bad = any_not_finite(acc)
+    return bad
+
+
+@triton.jit(do_not_specialize=["y", "x", "counts", "factors"])
+def attention_forward_kernel(
+    q, k, v, out, lse, before, before_lse, terms, y, x, factors, counts, points, flags, C: tl.constexpr
+):
+    """Out and lse of one tile; see the top of this file.
+
+    Args:
+        q, k, v, out, lse, before: `structs.Map`; `before` is the out of the part before, float32.
+        before_lse: that part's lse, shaped like lse.
+        terms, y, x, factors, counts: `structs.Terms`, `Axis`, `Axis`, `Factors`, `Counts`.
+        points: int64 [points, 2], (y, x) positions, if C.points.
+        flags: int32 [tiles of all], written, and read if C.careful; None unless C.leaks.
+        C: `structs.Config`.
+    """
+    every = counts.tiles.to(tl.int64) * counts.heads * counts.batch
+    if C.careful:
+        first = program() * FLAGS
+        if flagged(flags, first, every) > 0:
+            for i in range(first, tl.minimum(first + FLAGS, every)):
+                if tl.load(flags + i) != 0:
+                    _tile(i, q, k, v, out, lse, before, before_lse, terms, y, x, factors, counts, points, True, C)
+    else:
+        i = program()
+        if i >= every:
+            return
+        bad = _tile(i, q, k, v, out, lse, before, before_lse, terms, y, x, factors, counts, points, False, C)
+        if C.leaks:
+            tl.store(flags + i, bad)

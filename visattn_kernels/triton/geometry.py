@@ -24,11 +24,16 @@ ZERO = tl.constexpr(BORDERS.index("zero"))
 
 
 @triton.jit
-def program(tiles, heads):
-    """The tile, head and map of this program; the grid is folded into two dimensions (`launch.fold`)."""
-    pid = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    rest = pid // tiles
-    return pid % tiles, rest % heads, rest // heads
+def program():
+    """The number of this program; the grid is folded into two dimensions (`launch.fold`)."""
+    return tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+
+
+@triton.jit
+def locate(i, tiles, heads):
+    """The tile, head and map of the i-th tile of all."""
+    rest = i // tiles
+    return i % tiles, rest % heads, rest // heads
 
 
 @triton.jit

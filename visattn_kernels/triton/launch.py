@@ -28,7 +28,7 @@ from visattn_kernels.triton.structs import (
     Table,
     Terms,
 )
-from visattn_kernels.triton.tiles import Tile, pieces, tile_for
+from visattn_kernels.triton.tiles import Tile, tile_for
 
 
 class Side(NamedTuple):
@@ -170,6 +170,10 @@ class Call:
         return parts_of(self.pattern) > 1
 
 
+FLAGS = 64
+"""How many flags a program of a careful launch looks at, as engine.FLAGS."""
+
+
 class Launch(NamedTuple):
     """One kernel to run.
 
@@ -283,16 +287,16 @@ class Builder:
             self.tiles = points.shape[0]
         heads = call.q.shape[3]
         self.counts = Counts(
-            call.q.shape[0], heads, heads // call.k.shape[3], head_dim, value_dim, self.tiles, width=call.queries.width,
-            positions=call.queries.height * call.queries.width,
+            call.q.shape[0], heads, heads // call.k.shape[3], self.tiles, call.queries.height * call.queries.width,
+            call.queries.width,
         )  # fmt: skip
         vectors = any(name.startswith("relative") and name != "relative_bias" for name in call.terms)
         near = NEAR in (g.y.kind, g.x.kind)
         self.config = Config(
             qy, qx, ky, kx, max(16, _power(qy + ky - 1)), max(16, _power(qx + kx - 1)),
-            pieces(head_dim), pieces(value_dim) if value_dim else (16,),
+            head_dim, value_dim,
             g.y.kind, g.x.kind, g.y.causal, g.x.causal, g.border, g.others,
-            leaks=near or g.others or vectors,
+            leaks=values and (near or g.others or vectors),
             precision="tf32" if call.tf32 and call.q.dtype == torch.float32 else "ieee",
             goes_on=part > 0, values=values, points=points is not None,
             **{f"grad_{name}": True for name in grads},
@@ -307,6 +311,12 @@ class Builder:
             height, width = (width if x.shape[2] > 1 else height), 0
         y, x_stride = self.geometry.place(height, width)
         return Map(x, batch, y, x_stride, head, channel[0] if channel else 0)
+
+    def lse(self, x: torch.Tensor | None) -> Map:
+        """Lse as the forward writes it: that of points is [B, P, 1, heads] and its y counts them."""
+        if x is None or self.points is None:
+            return self.map(x)
+        return Map(x, x.stride(0), x.stride(1), 0, x.stride(3), 0)
 
     def terms(self, values: bool = True) -> Terms:
         """The terms of the call; the tables of vectors contiguous but for their heads."""
@@ -331,9 +341,16 @@ class Builder:
             )  # fmt: skip
         return terms
 
-    def launch(self, kernel: str, *args: Any, programs: int) -> Launch:
-        """The launch of a kernel that takes these arguments and the config."""
-        return Launch(kernel, (*args, self.config), programs, self.tile.warps, self.tile.stages)
+    def launch(self, kernel: str, *args: Any, programs: int) -> list[Launch]:
+        """The launches of a kernel that takes these arguments, flags and the config: it, and what mends its leaks."""
+        flags = None
+        if self.config.leaks:
+            flags = self.call.q.new_empty((programs,), dtype=torch.int32)
+        found = [Launch(kernel, (*args, flags, self.config), programs, self.tile.warps, self.tile.stages)]
+        if self.config.leaks:
+            config = self.config._replace(careful=True)
+            found.append(Launch(kernel, (*args, flags, config), -(-programs // FLAGS), self.tile.warps, 1))
+        return found
 
     @property
     def common(self) -> tuple[Any, ...]:
@@ -353,21 +370,18 @@ def forward(call: Call, points: torch.Tensor | None = None) -> tuple[list[Launch
     lse = q.new_empty(shape, dtype=torch.float32)
     out = None if v is None else q.new_empty((*q.shape[:4], v.shape[4]))
     before = None if out is None or not call.sums else torch.empty_like(out, dtype=torch.float32)
+    before_lse = torch.empty_like(lse) if call.sums else None
     launches = []
     for part in range(parts_of(call.pattern)):
+        last = part == parts_of(call.pattern) - 1
         maps = [x for x in (q, call.k, v) if x is not None]
-        width = 0 if v is None else v.shape[4]
-        build = Builder(call, "forward", part, maps, width, points, values=v is not None)
-        to = before if call.sums and part == 0 else out
-        at = lse if points is None else None
-        lse_map = build.map(at) if points is None else Map(lse, lse.stride(0), lse.stride(1), 0, lse.stride(3), 0)
-        launches.append(
-            build.launch(
-                "attention_forward_kernel",
-                build.map(q), build.map(call.k), build.map(v), build.map(to), lse_map, build.map(before),
-                build.terms(v is not None), *build.common, _swapped(points, build),
-                programs=build.tiles * q.shape[3] * q.shape[0],
-            )
+        build = Builder(call, "forward", part, maps, 0 if v is None else v.shape[4], points, values=v is not None)
+        launches += build.launch(
+            "attention_forward_kernel",
+            build.map(q), build.map(call.k), build.map(v), build.map(out if last else before),
+            build.lse(lse if last else before_lse), build.map(before), None if part == 0 else before_lse,
+            build.terms(v is not None), *build.common, _swapped(points, build),
+            programs=build.tiles * q.shape[3] * q.shape[0],
         )  # fmt: skip
     return launches, out, lse
 
@@ -411,8 +425,10 @@ def backward(
         name: x.new_empty(x.shape) for name, x in (("q", q), ("k", k), ("v", v)) if name in needs
     }
     sums = {name: x.new_empty(x.shape, dtype=torch.float32) for name, x in grads.items() if call.sums}
+    key_bias: dict[int, torch.Tensor] = {}  # by part
     if "key_bias" in needs:
-        sums["key_bias"] = q.new_empty((*k.shape[:3], q.shape[3]), dtype=torch.float32)
+        for part in range(parts_of(call.pattern)):
+            key_bias[part] = q.new_empty((*k.shape[:3], q.shape[3]), dtype=torch.float32)
     shares: list[tuple[Builder, torch.Tensor, dict[str, tuple[int, tuple[int, ...]]]]] = []
     for part in range(parts_of(call.pattern)):
         last = part == parts_of(call.pattern) - 1
@@ -432,20 +448,23 @@ def backward(
                 outputs = [build.map(to.get("q")), build.map(sums.get("q"))]
             else:
                 outputs = [build.map(x) for x in (to.get("k"), to.get("v"), sums.get("k"), sums.get("v"))]
-                outputs += [build.map(sums.get("key_bias")), build.map(None)]
+                outputs += [build.map(key_bias.get(part)), build.map(key_bias.get(part - 1)), build.map(None)]
             heads = q.shape[3] if which == "dq" else k.shape[3]
-            launches.append(
-                build.launch(
-                    f"attention_backward_{which}_kernel", *inputs, *outputs, build.terms(), *build.common, partials,
-                    programs=partials.shares * heads,
-                )
-            )  # fmt: skip
+            launches += build.launch(
+                f"attention_backward_{which}_kernel",
+                *inputs,
+                *outputs,
+                build.terms(),
+                *build.common,
+                partials,
+                programs=partials.shares * heads,
+            )
 
     def finish() -> dict[str, torch.Tensor]:
         done = dict(grads)
         if "key_bias" in needs:
-            key_bias, found = call.terms["key_bias"], sums["key_bias"]
-            done["key_bias"] = (found if key_bias.dim() == 4 else found.sum(-1)).to(key_bias.dtype)
+            like, found = call.terms["key_bias"], key_bias[max(key_bias)]
+            done["key_bias"] = (found if like.dim() == 4 else found.sum(-1)).to(like.dtype)
         totals: dict[str, torch.Tensor] = {}
         for build, data, layout in shares:
             of_head = data.sum(0)  # [heads, size], in a fixed order
@@ -509,12 +528,12 @@ def _delta(
     rows, width = 64, grad_out.shape[4]
     tiles = -(-call.queries.height * call.queries.width // rows)
     counts = Counts(
-        call.q.shape[0], call.q.shape[3], 1, 0, width, tiles, call.queries.height * call.queries.width,
+        call.q.shape[0], call.q.shape[3], 1, tiles, call.queries.height * call.queries.width,
         call.queries.width,
     )  # fmt: skip
     maps = [_plain(x) for x in (grad_out, out, grad_lse, delta)]
     programs = tiles * call.q.shape[3] * call.q.shape[0]
-    return Launch("attention_delta_kernel", (*maps, counts, rows, pieces(width)), programs, 4, 1)
+    return Launch("attention_delta_kernel", (*maps, counts, rows, width), programs, 4, 1)
 
 
 def _plain(x: torch.Tensor) -> Map:
@@ -531,14 +550,12 @@ def rows(call: Call, points: torch.Tensor) -> tuple[list[Launch], torch.Tensor]:
     for part in range(parts_of(call.pattern)):
         build = Builder(call, "forward", part, [q, k], 0, points, values=False)
         y, x = build.geometry.place(height, width)
-        launches.append(
-            build.launch(
-                "attention_map_kernel",
-                build.map(q), build.map(k), Map(lse, lse.stride(0), lse.stride(1), 0, lse.stride(3), 0),
-                Map(weights, batch, y, x, head, point), build.terms(False), *build.common, _swapped(points, build),
-                programs=build.tiles * q.shape[3] * q.shape[0],
-            )
+        arguments = (
+            build.map(q), build.map(k), build.lse(lse), Map(weights, batch, y, x, head, point), build.terms(False),
+            *build.common, _swapped(points, build), build.config,
         )  # fmt: skip
+        programs = build.tiles * q.shape[3] * q.shape[0]
+        launches.append(Launch("attention_map_kernel", arguments, programs, build.tile.warps, build.tile.stages))
     return launches, weights
 
 
@@ -551,14 +568,12 @@ def received(call: Call) -> tuple[list[Launch], torch.Tensor]:
     for part in range(parts_of(call.pattern)):
         build = Builder(call, "dkdv", part, [q, k], 0, values=False)
         partials = Partials(shares=build.tiles * q.shape[0])
-        launches.append(
-            build.launch(
-                "attention_backward_dkdv_kernel",
-                build.map(q), build.map(k), nothing, nothing, build.map(lse), nothing,
-                nothing, nothing, nothing, nothing, nothing, build.map(sums),
-                build.terms(False), *build.common, partials,
-                programs=partials.shares * k.shape[3],
-            )
+        launches += build.launch(
+            "attention_backward_dkdv_kernel",
+            build.map(q), build.map(k), nothing, nothing, build.map(lse), nothing,
+            nothing, nothing, nothing, nothing, nothing, nothing, build.map(sums),
+            build.terms(False), *build.common, partials,
+            programs=partials.shares * k.shape[3],
         )  # fmt: skip
     return launches, sums
 

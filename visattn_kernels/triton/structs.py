@@ -83,8 +83,6 @@ class Counts(NamedTuple):
     batch: int
     heads: int
     group: int  # query heads of a key head
-    head_dim: int
-    value_dim: int
     tiles: int  # of one map and one head
     positions: int = 0  # of the query grid
     width: int = 0  # of the query grid
@@ -119,10 +117,11 @@ class Config(NamedTuple):
         qy, qx: the box of queries of a tile.
         ky, kx: the box of keys of a tile.
         ey, ex: the entries of relative tables that a tile needs, powers of two.
-        pieces_d, pieces_v: the pieces of D and Dv.
+        head_dim, value_dim: D and Dv.
         kind_y, kind_x, causal_y, causal_x, border: of the axes.
         others: a query does not see the key of its own position.
         leaks: NaN in what is masked could reach a result.
+        careful: this launch mends tiles that NaN reached; see `engine`.
         precision: of float32 products, "ieee" or "tf32".
         goes_on: this is not the first part.
         values: there are values (forward) or gradients of out (backward).
@@ -136,8 +135,8 @@ class Config(NamedTuple):
     kx: int
     ey: int
     ex: int
-    pieces_d: tuple[int, ...]
-    pieces_v: tuple[int, ...]
+    head_dim: int
+    value_dim: int
     kind_y: int
     kind_x: int
     causal_y: bool
@@ -146,6 +145,7 @@ class Config(NamedTuple):
     others: bool
     leaks: bool
     precision: str
+    careful: bool = False
     goes_on: bool = False
     values: bool = True
     points: bool = False

@@ -37,9 +37,6 @@ class Tile(NamedTuple):
 
 PASSES = ("forward", "dq", "dkdv")
 
-LARGEST_PIECE = 128
-"""The widest piece of channels; see `engine`."""
-
 # By pass, bytes of an element, and the widest head that a row is for.
 TABLE: dict[tuple[str, int], tuple[tuple[int, Tile], ...]] = {
     ("forward", 2): (
@@ -98,24 +95,3 @@ def tile_for(which: str, width: int, itemsize: int, capability: int | None) -> T
         return INTERPRETED
     rows = OVERRIDES.get((capability, which, itemsize), ()) + TABLE[which, itemsize]
     return next(tile for widest, tile in rows if width <= widest)
-
-
-def pieces(width: int) -> tuple[int, ...]:
-    """The pieces of a width: powers of two of at least 16, equal but for the last, which is smaller.
-
-    80 is (64, 16), 512 is (128,) * 4, 3 is (16,). A tail that would pad to the size of the rest is one piece with it.
-    """
-    padded = -(-width // 16) * 16
-    if padded >= LARGEST_PIECE:
-        full, rest = divmod(padded, LARGEST_PIECE)
-        return (LARGEST_PIECE,) * full + ((_power(rest),) if rest else ())
-    first = _power(padded)
-    if padded == first:
-        return (first,)
-    rest = _power(padded - first // 2)
-    return (first,) if rest == first // 2 else (first // 2, rest)
-
-
-def _power(n: int) -> int:
-    """The least power of two that is not below n."""
-    return 1 << (n - 1).bit_length()

@@ -21,7 +21,7 @@ from visattn_kernels.triton.engine import (
     visible,
 )
 from visattn_kernels.triton.forward import query_tile
-from visattn_kernels.triton.geometry import line, program
+from visattn_kernels.triton.geometry import line, locate, program
 
 
 @triton.jit(do_not_specialize=["y", "x", "counts", "factors"])
@@ -35,7 +35,7 @@ def attention_map_kernel(q, k, lse, weights, terms, y, x, factors, counts, point
         points: int64 [points, 2], (y, x) positions.
         C: `structs.Config`.
     """
-    t, head, b = program(counts.tiles, counts.heads)
+    t, head, b = locate(program(), counts.tiles, counts.heads)
     if b >= counts.batch:
         return
     c_y, i_y0, end_y, c_x, i_x0, end_x = query_tile(t, y, x, points, C)
@@ -46,7 +46,7 @@ def attention_map_kernel(q, k, lse, weights, terms, y, x, factors, counts, point
     low_y, high_y = key_range(y, i_y0, end_y, line_y[2], C.kind_y, C.causal_y, C)
     low_x, high_x = key_range(x, i_x0, end_x, line_x[2], C.kind_x, C.causal_x, C)
     at = b * q.batch + head * q.head + offsets(q, line_qy, line_qx, i_y, i_x)
-    rows = load_pieces(q.data, at, queries, q.channel, counts.head_dim, C.pieces_d)
+    rows = load_pieces(q.data, at, queries, q.channel, C.head_dim)
     total = tl.load(lse.data + b * lse.batch + head * lse.head + t * lse.y)
     total = tl.where(total == float("-inf"), 0.0, total) * LOG2E
     for j_x0 in range(low_x, high_x, C.kx):
@@ -59,7 +59,7 @@ def attention_map_kernel(q, k, lse, weights, terms, y, x, factors, counts, point
                 key_bias = load_key_bias(terms, b, head, line_y, line_x, j_y, j_x, there)
                 exist = exist & (key_bias != float("-inf"))
             at = b * k.batch + (head // counts.group) * k.head + offsets(k, line_y, line_x, j_y, j_x)
-            keys = load_pieces(k.data, at, there & exist, k.channel, counts.head_dim, C.pieces_d)
+            keys = load_pieces(k.data, at, there & exist, k.channel, C.head_dim)
             seen = visible(y, x, i_y, i_x, j_y, j_x, line_y[2], line_x[2], queries, exist, C)
             s = scores(
                 rows, keys, key_bias, 0.0, terms, factors, counts, head, y, x, i_y, i_x, j_y, j_x,
@@ -69,4 +69,6 @@ def attention_map_kernel(q, k, lse, weights, terms, y, x, factors, counts, point
             at = b * weights.batch + head * weights.head + t * weights.channel
             at += offsets(weights, line_y, line_x, j_y, j_x)
             first = (tl.arange(0, C.m) == 0)[:, None]
-            tl.store(weights.data + (at[None, :] + tl.zeros([C.m, 1], tl.int64)), p, mask=seen & there[None, :] & first)
+            tl.store(
+                weights.data + (at[None, :] + tl.full([C.m, 1], 0, tl.int64)), p, mask=seen & there[None, :] & first
+            )

@@ -1,0 +1,96 @@
+"""The record of the Triton backend: the kernels of `visattn_kernels.triton`, on NVIDIA GPUs.
+
+Triton is imported at the first call. Kernels run in its interpreter, on CPU tensors, if TRITON_INTERPRET=1 was set before
+and `interpret` is set here: a tool of the tests.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from visattn_kernels.ops import SCHEMAS, implement
+from visattn_kernels.patterns import Neighborhood
+from visattn_kernels.problem import Problem
+
+ABOUT = "Triton kernels: tiled, every pattern and term, compiled at first use"
+
+MAX_CHANNELS = 512
+"""The widest head: more does not fit the registers of a program."""
+
+MAX_KERNEL = 2**30
+"""The largest kernel with border="zero", whose indices are 32-bit numbers."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+interpret = False
+"""Whether CPU tensors are taken and run in Triton's interpreter."""
+
+
+def unavailable() -> list[str]:
+    """Why the kernels cannot run on this machine."""
+    reasons = missing()
+    if not interpret:
+        reasons = reasons + _no_gpu()
+    elif os.environ.get("TRITON_INTERPRET") != "1":
+        reasons = [*reasons, "TRITON_INTERPRET=1 is not set"]
+    return reasons
+
+
+@cache
+def missing() -> list[str]:
+    """Why there is no Triton."""
+    return [] if find_spec("triton") is not None else ["Triton is not installed (pip install triton)"]
+
+
+def _no_gpu() -> list[str]:
+    """Why torch has no GPU for them."""
+    if torch.version.hip is not None:
+        return ["this torch is built for ROCm, and the kernels are tuned for NVIDIA GPUs"]
+    if not torch.cuda.is_available():
+        return ["torch sees no NVIDIA GPU"]
+    return _too_old()
+
+
+@cache
+def _too_old() -> list[str]:
+    newest = max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    return [] if newest >= (8, 0) else [f"no GPU of compute capability 8.0 or more; the newest has {newest}"]
+
+
+def unsupported(problem: Problem) -> list[str]:
+    """Why the kernels cannot run `problem`."""
+    reasons = []
+    device = "cpu" if interpret else "cuda"
+    if problem.device != device:
+        reasons.append(f"the tensors are on {problem.device}, not on {'the CPU' if interpret else 'a GPU'}")
+    if problem.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        reasons.append(f"the dtype is {str(problem.dtype).removeprefix('torch.')}, not one of {names}")
+    if interpret and problem.dtype == torch.bfloat16:
+        reasons.append("the interpreter computes bfloat16 wrongly")
+    if max(problem.head_dim, problem.value_dim) > MAX_CHANNELS:
+        reasons.append(f"D and Dv may be at most {MAX_CHANNELS}")
+    pattern = problem.pattern
+    if isinstance(pattern, Neighborhood) and pattern.border == "zero" and max(pattern.encode()[1:3]) > MAX_KERNEL:
+        reasons.append(f'kernel_size may be at most {MAX_KERNEL} with border="zero"')
+    return reasons
+
+
+def _kernel(which: str) -> Callable[..., Any]:
+    """An operator's function, which imports Triton when it is called."""
+
+    def run(*args: Any) -> Any:
+        from visattn_kernels.triton.operators import OPERATORS
+
+        return OPERATORS[which](*args)
+
+    return run
+
+
+implement("triton", {which: _kernel(which) for which in SCHEMAS}, ("CPU", "CUDA"))
