@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import ceilings, compare, plot, products, providers, table, workloads
+from benchmarks import ceilings, compare, compiled, plot, products, providers, table, workloads
 from benchmarks.cases import PASSES, Case, Pass
 from benchmarks.machine import ROOT
 from benchmarks.measure import Budget, summary
@@ -383,6 +383,33 @@ def ceilings_command(
     ):
         shown.add_row(name, f"{rate / 1e9:.1f} {unit}", f"{rate / count / 1e9:.1f} {unit}")
     out.print(shown)
+
+
+@app.command("compiled")
+def compiled_command(
+    workload: Workloads = None,
+    capability: Annotated[
+        list[int] | None, typer.Option(help="Compute capabilities; 80, 90, 100, 120 otherwise.")
+    ] = None,
+    careful: Annotated[bool, typer.Option(help="Also the launches that compute anew what NaN reached.")] = True,
+    to: Annotated[
+        Path | None, typer.Option("--out", help="Where to; results/compiled.json if all were compiled.")
+    ] = None,
+) -> None:
+    """Compile the Triton kernels of the workloads ahead of time, and tell what they take; no GPU is needed."""
+    chosen = _pick(workload, workloads.WORKLOADS, "workload")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise _fail("TRITON_INTERPRET=1 is set, so that kernels are not compiled")
+    if to is None and not workload and not capability and careful:
+        to = compiled.FILE
+    with err.status("") as status:
+        try:
+            found = list(compiled.rows(chosen, capability or compiled.CAPABILITIES, careful, status.update))
+        except ImportError as error:
+            raise _fail(error) from error
+    if to is not None:
+        compiled.write(found, to)
+    print(compiled.table(found))
 
 
 @app.command("products")

@@ -1,7 +1,7 @@
 """Triton's interpreter, made quick enough for a table of hundreds of cases: what it does for each call, done once.
 
-Before each call of a device function it patches the whole language anew, and each 32-bit sum it computes in 64 bits too,
-to look for an overflow. Together that is three quarters of its time.
+Before each call of a device function it patches the whole language anew, and each 32-bit sum it computes in 64 bits
+too, to look for an overflow. Together that is three quarters of its time.
 """
 
 from __future__ import annotations

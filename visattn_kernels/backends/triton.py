@@ -1,7 +1,7 @@
 """The record of the Triton backend: the kernels of `visattn_kernels.triton`, on NVIDIA GPUs.
 
-Triton is imported at the first call. Kernels run in its interpreter, on CPU tensors, if TRITON_INTERPRET=1 was set before
-and `interpret` is set here: a tool of the tests.
+Triton is imported at the first call. Where TRITON_INTERPRET=1 was set before that and `interpret` is set here, kernels
+run in its interpreter, on CPU tensors: a tool of the tests.
 """
 
 from __future__ import annotations

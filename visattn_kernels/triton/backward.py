@@ -17,9 +17,9 @@
             dV = P^T dO          dK = scale * dS^T Q  +  key_scale * (dS at each offset) R
             dR_k = key_scale * (dS at each offset)^T K           dkey_bias = sum over queries of dS
 
-Where gradients of tables are wanted, the tiles of a head are dealt to a fixed number of programs, each of which adds to a
-share of its own in memory; torch sums the shares in a fixed order. A part of a pattern that is not the first adds to the
-float32 sums of the one before. `attention_received` is the second kernel with dV's left column alone: sums of P.
+Where gradients of tables are wanted, the tiles of a head are dealt to a fixed number of programs, each of which adds
+to a share of its own in memory; torch sums the shares in a fixed order. A part of a pattern that is not the first adds
+to the float32 sums of the one before. `attention_received` is the second kernel without gradients: sums of P.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ import triton
 import triton.language as tl
 
 from visattn_kernels.triton.engine import (
-    FLAGS,
     LOG2E,
     add_along,
     add_product,
@@ -38,7 +37,6 @@ from visattn_kernels.triton.engine import (
     clear,
     dot_rows,
     first_entry,
-    flagged,
     indices,
     inside,
     key_range,
@@ -58,23 +56,25 @@ from visattn_kernels.triton.engine import (
     zero_pieces,
 )
 from visattn_kernels.triton.forward import query_tile
-from visattn_kernels.triton.geometry import block_of, line, locate, program
+from visattn_kernels.triton.geometry import block_of, line, locate, product, program
 
 
 @triton.jit(do_not_specialize=["counts"])
-def attention_delta_kernel(grad_out, out, grad_lse, delta, counts, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def attention_delta_kernel(
+    grad_out, out, grad_lse, delta, counts, ROWS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr
+):
     """Delta = sum_d dO * O - dlse of ROWS positions of a head, float32.
 
     Args:
         grad_out, out, grad_lse, delta: `structs.Map`.
         counts: `structs.Counts`.
     """
-    t, head, b = locate(program(), counts.tiles, counts.heads)
+    t, head, b = locate(program(WIDE), counts.tiles, counts.heads)
     if b >= counts.batch:
         return
     position = t * ROWS + tl.arange(0, ROWS)
     there = position < counts.positions
-    i_y, i_x = position // counts.width, position % counts.width
+    i_y, i_x = (position // counts.width).to(tl.int64), (position % counts.width).to(tl.int64)
     total = tl.zeros([ROWS], tl.float32)
     at_grad = b * grad_out.batch + head * grad_out.head + i_y * grad_out.y + i_x * grad_out.x
     at_out = b * out.batch + head * out.head + i_y * out.y + i_x * out.x
@@ -114,10 +114,11 @@ def _weights(s, lse, seen):
 
 @triton.jit
 def _query_tile(
-    t, b, head, q, k, v, grad_out, lse, delta, grad_q, before, terms, y, x, factors, counts, partials, share,
+    i, head, q, k, v, grad_out, lse, delta, grad_q, before, terms, y, x, factors, counts, partials, share,
     CAREFUL: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """DQ of a tile and what it adds to tables; how much was not finite."""
+    """The gradient of q in the i-th tile of a head, and what it adds to tables; how much was not finite."""
+    t, b = i % counts.tiles, (i // counts.tiles).to(tl.int64)
     c_y, i_y0, end_y, c_x, i_x0, end_x = query_tile(t, y, x, None, C)
     i_y, i_x = indices(i_y0, i_x0, C.qy, C.qx)
     queries = (i_y < end_y) & (i_x < end_x)
@@ -230,50 +231,49 @@ def attention_backward_dq_kernel(
     Args:
         q, k, v, grad_out, lse, delta, grad_q, before: `structs.Map`; `before` is dQ of the part before, float32.
         terms, y, x, factors, counts, partials: `structs.Terms`, `Axis`, `Axis`, `Factors`, `Counts`, `Partials`.
-        flags: int32 [programs], written, and read if C.careful; None unless C.leaks.
+        flags: int32 [heads], set, and read if C.careful; None unless C.leaks.
         C: `structs.Config`.
     """
-    every = partials.shares.to(tl.int64) * counts.heads
+    i = program(C.wide)
+    if i >= product(partials.shares, counts.heads, C.wide):
+        return
+    head = (i // partials.shares).to(tl.int64)
     if C.careful:
-        first = program() * FLAGS
-        if flagged(flags, first, every) > 0:
-            for i in range(first, tl.minimum(first + FLAGS, every)):
-                if tl.load(flags + i) != 0:
-                    _query_tiles(
-                        i, q, k, v, grad_out, lse, delta, grad_q, before, terms, y, x, factors, counts, partials,
-                        True, C,
-                    )  # fmt: skip
+        if tl.load(flags + head) != 0:
+            _query_tiles(
+                i % partials.shares, head, q, k, v, grad_out, lse, delta, grad_q, before, terms, y, x, factors, counts,
+                partials, True, C,
+            )  # fmt: skip
     else:
-        i = program()
-        if i >= every:
-            return
         bad = _query_tiles(
-            i, q, k, v, grad_out, lse, delta, grad_q, before, terms, y, x, factors, counts, partials, False, C
-        )
+            i % partials.shares, head, q, k, v, grad_out, lse, delta, grad_q, before, terms, y, x, factors, counts,
+            partials, False, C,
+        )  # fmt: skip
         if C.leaks:
-            tl.store(flags + i, bad)
+            tl.store(flags + head, 1, mask=bad > 0)
 
 
 @triton.jit
 def _query_tiles(
-    i, q, k, v, grad_out, lse, delta, grad_q, before, terms, y, x, factors, counts, partials,
+    share, head, q, k, v, grad_out, lse, delta, grad_q, before, terms, y, x, factors, counts, partials,
     CAREFUL: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of the i-th program: of one head, one or a share of all; how much was not finite."""
-    share, head, _ = locate(i, partials.shares, counts.heads)
-    if C.tables:
-        mine = partials.data + (share * counts.heads + head) * partials.size
-        if CAREFUL:
+    """The tiles of a program: one, or its share of those of a head; how much was not finite."""
+    if C.shared:
+        mine = None
+        if C.tables:
+            mine = partials.data + (share.to(tl.int64) * counts.heads + head) * partials.size
+        if C.tables and CAREFUL:
             clear(mine, partials.size)
         bad = 0
-        for t in range(share, counts.tiles.to(tl.int64) * counts.batch, partials.shares):
+        for t in range(share, product(counts.tiles, counts.batch, C.wide), partials.shares):
             bad += _query_tile(
-                t % counts.tiles, t // counts.tiles, head, q, k, v, grad_out, lse, delta, grad_q, before, terms, y, x,
+                t, head, q, k, v, grad_out, lse, delta, grad_q, before, terms, y, x,
                 factors, counts, partials, mine, CAREFUL, C,
             )  # fmt: skip
     else:
         bad = _query_tile(
-            share % counts.tiles, share // counts.tiles, head, q, k, v, grad_out, lse, delta, grad_q, before, terms,
+            share, head, q, k, v, grad_out, lse, delta, grad_q, before, terms,
             y, x, factors, counts, partials, None, CAREFUL, C,
         )  # fmt: skip
     return bad
@@ -284,11 +284,12 @@ def _query_tiles(
 
 @triton.jit
 def _key_tile(
-    t, b, kv_head, q, k, v, grad_out, lse, delta, grad_k, grad_v, before_k, before_v, grad_key_bias, before_key_bias,
+    i, kv_head, q, k, v, grad_out, lse, delta, grad_k, grad_v, before_k, before_v, grad_key_bias, before_key_bias,
     received, terms, y, x, factors, counts, partials, share, CAREFUL: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """DK and dV of a tile, its key biases' gradient and what it adds to tables; how much was not finite."""
-    c_y, b_y, c_x, b_x = block_of(t, y, x)
+    """The gradients of k, v and key biases in the i-th tile of a key head, and what it adds to tables."""
+    t, b = i % counts.tiles, (i // counts.tiles).to(tl.int64)
+    c_y, b_y, c_x, b_x = block_of(t, y, x, C.wide)
     line_y, line_x = line(y, c_y, y.keys, C.kind_y), line(x, c_x, x.keys, C.kind_x)
     line_qy, line_qx = line(y, c_y, y.queries, C.kind_y), line(x, c_x, x.queries, C.kind_x)
     j_y0, j_x0 = b_y * C.ky, b_x * C.kx
@@ -407,50 +408,47 @@ def attention_backward_dkdv_kernel(
         terms, y, x, factors, counts, partials, flags: as in `attention_backward_dq_kernel`.
         C: `structs.Config`.
     """
-    kv_heads = counts.heads // counts.group
-    every = partials.shares.to(tl.int64) * kv_heads
+    i = program(C.wide)
+    if i >= product(partials.shares, counts.heads // counts.group, C.wide):
+        return
+    kv_head = (i // partials.shares).to(tl.int64)
     if C.careful:
-        first = program() * FLAGS
-        if flagged(flags, first, every) > 0:
-            for i in range(first, tl.minimum(first + FLAGS, every)):
-                if tl.load(flags + i) != 0:
-                    _key_tiles(
-                        i, q, k, v, grad_out, lse, delta, grad_k, grad_v, before_k, before_v, grad_key_bias,
-                        before_key_bias, received, terms, y, x, factors, counts, partials, True, C,
-                    )  # fmt: skip
+        if tl.load(flags + kv_head) != 0:
+            _key_tiles(
+                i % partials.shares, kv_head, q, k, v, grad_out, lse, delta, grad_k, grad_v, before_k, before_v,
+                grad_key_bias, before_key_bias, received, terms, y, x, factors, counts, partials, True, C,
+            )  # fmt: skip
     else:
-        i = program()
-        if i >= every:
-            return
         bad = _key_tiles(
-            i, q, k, v, grad_out, lse, delta, grad_k, grad_v, before_k, before_v, grad_key_bias, before_key_bias,
-            received, terms, y, x, factors, counts, partials, False, C,
+            i % partials.shares, kv_head, q, k, v, grad_out, lse, delta, grad_k, grad_v, before_k, before_v,
+            grad_key_bias, before_key_bias, received, terms, y, x, factors, counts, partials, False, C,
         )  # fmt: skip
-        if C.leaks and C.values:
-            tl.store(flags + i, bad)
+        if C.leaks:
+            tl.store(flags + kv_head, 1, mask=bad > 0)
 
 
 @triton.jit
 def _key_tiles(
-    i, q, k, v, grad_out, lse, delta, grad_k, grad_v, before_k, before_v, grad_key_bias, before_key_bias, received,
-    terms, y, x, factors, counts, partials, CAREFUL: tl.constexpr, C: tl.constexpr,
+    share, kv_head, q, k, v, grad_out, lse, delta, grad_k, grad_v, before_k, before_v, grad_key_bias, before_key_bias,
+    received, terms, y, x, factors, counts, partials, CAREFUL: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of the i-th program: of one key head, one or a share of all; how much was not finite."""
-    share, kv_head, _ = locate(i, partials.shares, counts.heads // counts.group)
-    if C.key_tables:
-        mine = partials.data + share * counts.heads * partials.size
-        if CAREFUL:
+    """The tiles of a program: one, or its share of those of a key head; how much was not finite."""
+    if C.shared:
+        mine = None
+        if C.key_tables:
+            mine = partials.data + share.to(tl.int64) * counts.heads * partials.size
+        if C.key_tables and CAREFUL:
             clear(mine + kv_head * counts.group * partials.size, counts.group * partials.size)
         bad = 0
-        for t in range(share, counts.tiles.to(tl.int64) * counts.batch, partials.shares):
+        for t in range(share, product(counts.tiles, counts.batch, C.wide), partials.shares):
             bad += _key_tile(
-                t % counts.tiles, t // counts.tiles, kv_head, q, k, v, grad_out, lse, delta, grad_k, grad_v, before_k,
+                t, kv_head, q, k, v, grad_out, lse, delta, grad_k, grad_v, before_k,
                 before_v, grad_key_bias, before_key_bias, received, terms, y, x, factors, counts, partials, mine,
                 CAREFUL, C,
             )  # fmt: skip
     else:
         bad = _key_tile(
-            share % counts.tiles, share // counts.tiles, kv_head, q, k, v, grad_out, lse, delta, grad_k, grad_v,
+            share, kv_head, q, k, v, grad_out, lse, delta, grad_k, grad_v,
             before_k, before_v, grad_key_bias, before_key_bias, received, terms, y, x, factors, counts, partials,
             None, CAREFUL, C,
         )  # fmt: skip

@@ -1,8 +1,8 @@
 """What the kernels are made of: pieces of channels, products, relative vectors, scores.
 
-A tile is a box of QY x QX queries, M in all, against a box of KY x KX keys, N in all, both in raster order. Channels come
-in *pieces* of powers of two, a tuple of tensors [rows, piece]: D = 80 is (64, 16), D = 512 is (128,) * 4. So no width is
-padded by more than its last piece.
+A tile is a box of QY x QX queries, M in all, against a box of KY x KX keys, N in all, both in raster order. Channels
+come in *pieces* of powers of two, a tuple of tensors [rows, piece]: D = 80 is (64, 16), D = 512 is (128,) * 4. So no
+width is padded by more than its last piece.
 
 Relative vectors. In a tile the offset of key (ky, kx) and query (qy, qx) along y takes QY + KY - 1 values, so the
 products of the queries with those entries of the table are a small T[M, E]; the score of pair (m, n) takes T[m, e] at
@@ -13,10 +13,9 @@ which is known at compile time: a fixed permutation (`skew`). Gradients go back 
 of one ky, put at their e (`unskew`), times the table, or times the queries.
 
 Leaks. A product over a tile multiplies what a masked pair would bring by 0, and 0 * NaN is NaN. Each kernel computes
-with plain products and notes for each of its tiles how much of the result is not finite. Where masked pairs can be in a
-product (C.leaks) it is launched a second time, C.careful: for tiles of which something was noted, and with products
-that treat what is not finite as the reference does. For the others, which are all of them as a rule, that is a look at
-a flag.
+with plain products and sets the flag of a head in which a result is not finite. Where masked pairs can be in a product
+(C.leaks) it is launched a second time, C.careful: for heads with a flag, all of them anew, with products that treat
+what is not finite as the reference does. As a rule there is none, and that is a look at a flag.
 """
 
 from __future__ import annotations
@@ -121,16 +120,6 @@ def any_not_finite(pieces):
     for i in tl.static_range(len(pieces)):
         count += tl.sum(tl.sum((pieces[i] - pieces[i] != 0).to(tl.int32), 1), 0)
     return count
-
-
-FLAGS = tl.constexpr(64)
-
-
-@triton.jit
-def flagged(flags, first, count):
-    """How many of the FLAGS flags from `first` on are set."""
-    i = first + tl.arange(0, FLAGS)
-    return tl.sum((tl.load(flags + i, mask=i < count, other=0) != 0).to(tl.int32), 0)
 
 
 # Products.

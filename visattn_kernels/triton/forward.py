@@ -5,7 +5,7 @@ A program has one tile of one head of one map:
             keys, x outer, y inner ->
            +------+------+------+
     M=QY*QX| s, p | s, p | ...  |     s = scores (engine.scores), p = 2^(s - m)
-    queries+------+------+------+     m, l: running maximum and sum of each query
+    queries+------+------+------+     m, total: running maximum and sum of each query
            KY*KX keys a step          acc: running sums of p * value, pieces of [M, Dv]
 
 It holds the queries' rows and acc, and reads keys and values once. A part of a pattern that is not the first goes on
@@ -19,14 +19,12 @@ import triton
 import triton.language as tl
 
 from visattn_kernels.triton.engine import (
-    FLAGS,
     LN2,
     LOG2E,
     add_along,
     add_product,
     any_not_finite,
     first_entry,
-    flagged,
     indices,
     inside,
     key_range,
@@ -42,7 +40,7 @@ from visattn_kernels.triton.engine import (
     visible,
     zero_pieces,
 )
-from visattn_kernels.triton.geometry import block_of, class_of, line, locate, program
+from visattn_kernels.triton.geometry import block_of, class_of, line, locate, product, program
 
 
 @triton.jit
@@ -53,7 +51,7 @@ def query_tile(tile, y, x, points, C: tl.constexpr):
         c_x, i_x = class_of(x, tl.load(points + 2 * tile + 1).to(tl.int32), C.kind_x)
         end_y, end_x = i_y + 1, i_x + 1
     else:
-        c_y, b_y, c_x, b_x = block_of(tile, y, x)
+        c_y, b_y, c_x, b_x = block_of(tile, y, x, C.wide)
         i_y, i_x = b_y * C.qy, b_x * C.qx
         end_y = tl.minimum(i_y + C.qy, line(y, c_y, y.queries, C.kind_y)[2])
         end_x = tl.minimum(i_x + C.qx, line(x, c_x, x.queries, C.kind_x)[2])
@@ -61,8 +59,8 @@ def query_tile(tile, y, x, points, C: tl.constexpr):
 
 
 @triton.jit
-def _walk(q, k, v, terms, y, x, factors, counts, b, head, tile, acc, m, l, CAREFUL: tl.constexpr, C: tl.constexpr):
-    """Go through the keys of a tile; acc, m and l go on from what they are."""
+def _walk(q, k, v, terms, y, x, factors, counts, b, head, tile, acc, m, total, CAREFUL: tl.constexpr, C: tl.constexpr):
+    """Go through the keys of a tile; acc, m and total go on from what they are."""
     c_y, i_y0, end_y, c_x, i_x0, end_x = tile
     i_y, i_x = indices(i_y0, i_x0, C.qy, C.qx)
     queries = (i_y < end_y) & (i_x < end_x)
@@ -97,7 +95,7 @@ def _walk(q, k, v, terms, y, x, factors, counts, b, head, tile, acc, m, l, CAREF
             m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
             p = tl.exp2(s - m_safe[:, None])
             factor = tl.exp2(m - m_safe)
-            l = l * factor + tl.sum(p, 1)
+            total = total * factor + tl.sum(p, 1)
             m = m_new
             if C.values:
                 acc = scale_pieces(acc, factor)
@@ -122,12 +120,14 @@ def _walk(q, k, v, terms, y, x, factors, counts, b, head, tile, acc, m, l, CAREF
             t = unskew_queries(along_x, 1, C)
             seen_t = unskew_queries(seen_x, 1, C) > 0.5
             acc = add_along(acc, t, seen_t, terms.value_x, head, first, x, C.value_dim, 1, CAREFUL, C)
-    return acc, m, l
+    return acc, m, total
 
 
 @triton.jit
 def _tile(
-    i,
+    t,
+    head,
+    b,
     q,
     k,
     v,
@@ -144,8 +144,7 @@ def _tile(
     CAREFUL: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Out and lse of the i-th tile; how much of out is not finite."""
-    t, head, b = locate(i, counts.tiles, counts.heads)
+    """Out and lse of a tile; how much of out is not finite."""
     tile = query_tile(t, y, x, points, C)
     c_y, i_y0, end_y, c_x, i_x0, end_x = tile
     i_y, i_x = indices(i_y0, i_x0, C.qy, C.qx)
@@ -160,21 +159,21 @@ def _tile(
         at_lse += offsets(lse, line_y, line_x, i_y, i_x)
     acc = zero_pieces(C.m, C.value_dim)
     m = tl.full([C.m], float("-inf"), tl.float32)
-    l = tl.full([C.m], 0, tl.float32)
+    total = tl.full([C.m], 0, tl.float32)
     if C.goes_on:
         m = tl.load(before_lse + at_lse, mask=queries, other=float("-inf")) * LOG2E
-        l = tl.where(m == float("-inf"), 0.0, 1.0)
+        total = tl.where(m == float("-inf"), 0.0, 1.0)
         if C.values:
             at = b * before.batch + head * before.head + offsets(before, line_y, line_x, i_y, i_x)
             acc = load_pieces(before.data, at, queries, before.channel, C.value_dim)
-    acc, m, l = _walk(rows, k, v, terms, y, x, factors, counts, b, head, tile, acc, m, l, CAREFUL, C)
+    acc, m, total = _walk(rows, k, v, terms, y, x, factors, counts, b, head, tile, acc, m, total, CAREFUL, C)
     none = m == float("-inf")
-    total = tl.where(m == float("inf"), float("inf"), (m + tl.log2(tl.where(none, 1.0, l))) * LN2)
-    tl.store(lse.data + at_lse, tl.where(none, float("-inf"), total), mask=queries)
+    sums = tl.where(m == float("inf"), float("inf"), (m + tl.log2(tl.where(none, 1.0, total))) * LN2)
+    tl.store(lse.data + at_lse, tl.where(none, float("-inf"), sums), mask=queries)
     bad = 0
     if C.values:
         at = b * out.batch + head * out.head + offsets(out, line_y, line_x, i_y, i_x)
-        inverse = 1.0 / tl.where(none, 1.0, l)
+        inverse = 1.0 / tl.where(none, 1.0, total)
         store_pieces(out.data, at, queries, out.channel, C.value_dim, scale_pieces(acc, inverse))
         if C.leaks and not CAREFUL:
             bad = any_not_finite(acc)
@@ -192,20 +191,23 @@ def attention_forward_kernel(
         before_lse: that part's lse, shaped like lse.
         terms, y, x, factors, counts: `structs.Terms`, `Axis`, `Axis`, `Factors`, `Counts`.
         points: int64 [points, 2], (y, x) positions, if C.points.
-        flags: int32 [tiles of all], written, and read if C.careful; None unless C.leaks.
+        flags: int32 [heads], set, and read if C.careful; None unless C.leaks.
         C: `structs.Config`.
     """
-    every = counts.tiles.to(tl.int64) * counts.heads * counts.batch
+    i = program(C.wide)
     if C.careful:
-        first = program() * FLAGS
-        if flagged(flags, first, every) > 0:
-            for i in range(first, tl.minimum(first + FLAGS, every)):
-                if tl.load(flags + i) != 0:
-                    _tile(i, q, k, v, out, lse, before, before_lse, terms, y, x, factors, counts, points, True, C)
+        head = i % counts.heads
+        if tl.load(flags + head) != 0:
+            for t in range(i // counts.heads, product(counts.tiles, counts.batch, C.wide), counts.shares):
+                b = (t // counts.tiles).to(tl.int64)
+                _tile(
+                    t % counts.tiles, head.to(tl.int64), b, q, k, v, out, lse, before, before_lse, terms, y, x,
+                    factors, counts, points, True, C,
+                )  # fmt: skip
     else:
-        i = program()
-        if i >= every:
+        t, head, b = locate(i, counts.tiles, counts.heads)
+        if b >= counts.batch:
             return
-        bad = _tile(i, q, k, v, out, lse, before, before_lse, terms, y, x, factors, counts, points, False, C)
+        bad = _tile(t, head, b, q, k, v, out, lse, before, before_lse, terms, y, x, factors, counts, points, False, C)
         if C.leaks:
-            tl.store(flags + i, bad)
+            tl.store(flags + head, 1, mask=bad > 0)

@@ -1,8 +1,8 @@
 """csrc/pattern.h as Triton functions: which keys a query sees, along lines of an axis.
 
 A *line* is a class of evenly spaced positions (start, step, count); along it a query's keys are the indices
-[first, end). The functions take scalars and tensors alike. Axes are `structs.Axis`; their kind, border and causality are
-known at compile time.
+[first, end). The functions take scalars and tensors alike. Axes are `structs.Axis`; their kind, border and causality
+are known at compile time.
 
 A kernel's axes are called y and x: y is the one walked in the inner loop, whichever of the map's that is.
 """
@@ -23,23 +23,37 @@ SHIFT = tl.constexpr(BORDERS.index("shift"))
 ZERO = tl.constexpr(BORDERS.index("zero"))
 
 
+# Programs and tiles are counted in 32 bits unless there are more (C.wide): a 64-bit division is a call of hundreds of
+# instructions that spills what is live. Maps and heads are 64-bit from the start, since strides multiply them.
+
+
 @triton.jit
-def program():
-    """The number of this program; the grid is folded into two dimensions (`launch.fold`)."""
-    return tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+def program(WIDE: tl.constexpr):
+    """The number of this program; if WIDE the grid is folded into two dimensions (`launch.fold`)."""
+    if WIDE:
+        i = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    else:
+        i = tl.program_id(0)
+    return i
+
+
+@triton.jit
+def product(a, b, WIDE: tl.constexpr):
+    """A * b, in 64 bits if WIDE."""
+    return (a.to(tl.int64) if WIDE else a) * b
 
 
 @triton.jit
 def locate(i, tiles, heads):
     """The tile, head and map of the i-th tile of all."""
     rest = i // tiles
-    return i % tiles, rest % heads, rest // heads
+    return i % tiles, (rest % heads).to(tl.int64), (rest // heads).to(tl.int64)
 
 
 @triton.jit
-def block_of(tile, y, x):
+def block_of(tile, y, x, WIDE: tl.constexpr):
     """The classes and the blocks of a tile along y and x: tiles go through blocks and classes in raster order."""
-    across = x.classes.to(tl.int64) * x.blocks
+    across = product(x.classes, x.blocks, WIDE)
     ty = (tile // across).to(tl.int32)
     tx = (tile % across).to(tl.int32)
     return ty // y.blocks, ty % y.blocks, tx // x.blocks, tx % x.blocks

@@ -14,12 +14,10 @@ from typing import Any, NamedTuple
 import torch
 
 from visattn_kernels.patterns import BORDERS, PATTERN_FIELDS, PATTERN_KINDS, Size
+from visattn_kernels.triton.cut import Geometry, Side, boxes, parts_of, power, sides_of
 from visattn_kernels.triton.structs import (
-    CELLS,
     NEAR,
-    STRIDED,
     WHOLE,
-    Axis,
     Config,
     Counts,
     Factors,
@@ -28,106 +26,7 @@ from visattn_kernels.triton.structs import (
     Table,
     Terms,
 )
-from visattn_kernels.triton.tiles import Tile, tile_for
-
-
-class Side(NamedTuple):
-    """One axis of a part of a pattern, as csrc/pattern.h has it, and its place among the map's."""
-
-    kind: int
-    queries: int
-    keys: int
-    size: int
-    step: int
-    shift: int
-    reach: int
-    causal: bool
-
-    @property
-    def classes(self) -> int:
-        """How many lines the axis is cut into."""
-        if self.kind == WHOLE:
-            return 1
-        if self.kind == CELLS:
-            return int(self.shift > 0) + -(-max(self.queries - self.shift, 0) // self.size)
-        return min(self.step, self.queries)
-
-    def longest(self, length: int) -> int:
-        """The longest line of an axis of that length."""
-        if self.kind == WHOLE:
-            return length
-        return min(self.size, length) if self.kind == CELLS else -(-length // self.step)
-
-    def walked(self, block: int, of_keys: bool = True) -> int:
-        """How many keys a block of queries sees at most, or how many queries see a block of keys."""
-        n = self.longest(self.keys if of_keys else self.queries)
-        return block + self.size - 1 if self.kind == NEAR else n
-
-    def axis(self, blocks_of: int, of_keys: bool) -> Axis:
-        """What kernels get, with blocks of that many queries or keys."""
-        blocks = -(-self.longest(self.keys if of_keys else self.queries) // blocks_of)
-        return Axis(self.queries, self.keys, self.size, self.step, self.shift, self.reach, self.classes, blocks)
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """A part of a pattern as a kernel walks it.
-
-    Attributes:
-        y, x: the kernel's axes. y is walked in the inner loop.
-        border: what lies outside the map, by its number.
-        others: a query does not see the key of its own position.
-        swap: the kernel's y is the map's x. So a row of keys, as a column of them, is walked in the inner loop.
-        flat: the kernel's y is the whole map, its x has one position.
-    """
-
-    y: Side
-    x: Side
-    border: int
-    others: bool
-    swap: bool = False
-    flat: bool = False
-
-    def place(self, height: Any, width: Any) -> tuple[Any, Any]:
-        """Something of the map's height and width in the order (y, x) of the kernel."""
-        return (width, height) if self.swap else (height, width)
-
-
-def sides_of(pattern: Sequence[int], part: int, queries: Size, keys: Size, reach: Sequence[int]) -> list[Side]:
-    """The axes, height and width, of a part of an encoded pattern: `axis_of` of csrc/pattern.h.
-
-    Sizes that reach beyond the map are cut to where it makes no difference, so that 32 bits hold every index.
-    """
-    fields = dict(zip(PATTERN_FIELDS, pattern, strict=True))
-    kind = PATTERN_KINDS[fields["kind"]]
-    sides = []
-    for axis, name in enumerate("hw"):
-        n = queries[axis]
-        size, step, shift = (fields[f"{what}_{name}"] for what in ("size", "step", "shift"))
-        side = Side(WHOLE, n, keys[axis], 1, 1, 0, reach[axis], False)
-        if kind == "Window":
-            shift = min(shift, n)
-            side = side._replace(kind=CELLS, size=min(size, n + max(shift, 1)), shift=shift)
-        elif kind == "Grid":
-            side = side._replace(kind=STRIDED, step=-(-n // size))
-        elif kind == "Neighborhood":
-            zero = BORDERS[fields["border"]] == "zero"
-            size = size if zero or size <= 2 * n + 2 else 2 * n + 2 + size % 2
-            causal = bool(fields[f"causal_{name}"])
-            side = side._replace(kind=NEAR, size=size, step=min(step, n), causal=causal)
-        elif kind != "Global":
-            row = kind == "Row" or (kind == "CrissCross" and part == 0)
-            if row != (axis == 1):
-                side = side._replace(kind=CELLS)
-            elif size > 0:
-                side = side._replace(kind=NEAR, size=min(size, 2 * n + 1))
-        sides.append(side)
-    return sides
-
-
-def parts_of(pattern: Sequence[int]) -> int:
-    """How many parts an encoded pattern has."""
-    return 2 if PATTERN_KINDS[pattern[0]] == "CrissCross" else 1
+from visattn_kernels.triton.tiles import CAREFUL, tile_for
 
 
 @dataclass(frozen=True)
@@ -168,10 +67,6 @@ class Call:
     def sums(self) -> bool:
         """Whether results go through float32 sums from part to part."""
         return parts_of(self.pattern) > 1
-
-
-FLAGS = 64
-"""How many flags a program of a careful launch looks at, as engine.FLAGS."""
 
 
 class Launch(NamedTuple):
@@ -221,44 +116,6 @@ def geometry(call: Call, part: int, maps: Sequence[torch.Tensor], points: bool =
     return Geometry(y, x, border, part == 1, swap)
 
 
-def boxes(g: Geometry, tile: Tile, points: bool = False) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The boxes of queries and of keys of a tile: those that leave the least of the work to padding.
-
-    Of equals that which needs the fewest entries of relative tables at each step of the inner loop.
-    """
-    queries = 1 if points else g.y.longest(g.y.queries) * g.x.longest(g.x.queries)
-    m = max(16, min(tile.m, _power(queries)))
-    keys = g.y.walked(_least(m, g.y.queries)) * g.x.walked(_least(m, g.x.queries))
-    n = max(16, min(tile.n, _power(keys)))
-    best: tuple[tuple[int, ...], Any] | None = None
-    for qy in _splits(m):
-        qx = m // qy
-        blocks = 1 if points else -(-g.y.longest(g.y.queries) // qy) * -(-g.x.longest(g.x.queries) // qx)
-        ahead = (1, 1) if points else (qy, qx)
-        for ky in _splits(n):
-            kx = n // ky
-            steps = -(-g.y.walked(ahead[0]) // ky) * -(-g.x.walked(ahead[1]) // kx)
-            cost = (blocks * steps, _power(qy + ky) + _power(qx + kx), qy + ky)
-            if best is None or cost < best[0]:
-                best = (cost, ((qy, qx), (ky, kx)))
-    assert best is not None
-    return best[1]  # type: ignore[no-any-return]
-
-
-def _least(m: int, n: int) -> int:
-    return min(m, n)
-
-
-def _splits(n: int) -> list[int]:
-    """The powers of two up to n."""
-    return [1 << i for i in range(n.bit_length())]
-
-
-def _power(n: int) -> int:
-    """The least power of two that is not below n."""
-    return 1 << (n - 1).bit_length()
-
-
 class Builder:
     """Makes the arguments of one kernel for one part of a call."""
 
@@ -271,12 +128,17 @@ class Builder:
         value_dim: int,
         points: torch.Tensor | None = None,
         values: bool = True,
-        grads: Sequence[str] = (),
+        careful: bool = False,
     ) -> None:
         self.call, self.part, self.points = call, part, points
         self.geometry = g = geometry(call, part, maps, points is not None)
         head_dim = call.q.shape[4]
-        self.tile = tile_for(which, max(head_dim, value_dim), call.q.element_size(), call.capability)
+        vectors = any(name.startswith("relative") and name != "relative_bias" for name in call.terms)
+        near = NEAR in (g.y.kind, g.x.kind)
+        holds = "vectors" if vectors else "near" if near else "plain"
+        self.tile = tile_for(which, max(head_dim, value_dim), call.q.element_size(), holds, call.capability)
+        if careful and call.capability is not None:
+            self.tile = CAREFUL
         if points is not None:
             self.tile = self.tile._replace(m=16)
         (qy, qx), (ky, kx) = boxes(g, self.tile, points is not None)
@@ -290,16 +152,14 @@ class Builder:
             call.q.shape[0], heads, heads // call.k.shape[3], self.tiles, call.queries.height * call.queries.width,
             call.queries.width,
         )  # fmt: skip
-        vectors = any(name.startswith("relative") and name != "relative_bias" for name in call.terms)
-        near = NEAR in (g.y.kind, g.x.kind)
         self.config = Config(
-            qy, qx, ky, kx, max(16, _power(qy + ky - 1)), max(16, _power(qx + kx - 1)),
+            qy, qx, ky, kx, max(16, power(qy + ky - 1)), max(16, power(qx + kx - 1)),
             head_dim, value_dim,
             g.y.kind, g.x.kind, g.y.causal, g.x.causal, g.border, g.others,
             leaks=values and (near or g.others or vectors),
             precision="tf32" if call.tf32 and call.q.dtype == torch.float32 else "ieee",
-            goes_on=part > 0, values=values, points=points is not None,
-            **{f"grad_{name}": True for name in grads},
+            wide=self.tiles * heads * call.q.shape[0] > NARROW,
+            careful=careful, goes_on=part > 0, values=values, points=points is not None,
         )  # fmt: skip
 
     def map(self, x: torch.Tensor | None) -> Map:
@@ -320,13 +180,13 @@ class Builder:
 
     def terms(self, values: bool = True) -> Terms:
         """The terms of the call; the tables of vectors contiguous but for their heads."""
-        call, found = self.call, {}
+        call = self.call
+        found: dict[str, Any] = {}
         for name in ("query", "key", *(("value",) if values else ())):
             for axis, side in zip("yx", self.geometry.place("h", "w"), strict=True):
                 table = call.terms.get(f"relative_{name}_{side}")
                 if table is not None:
-                    rows = table if table[0].is_contiguous() or table.dim() == 2 else table.contiguous()
-                    rows = rows if rows[..., :, :].stride()[-2:] == (rows.shape[-1], 1) else rows.contiguous()
+                    rows = table if table.stride()[-2:] == (table.shape[-1], 1) else table.contiguous()
                     found[f"{name}_{axis}"] = Table(rows, rows.stride(0) if rows.dim() == 3 else 0)
         terms = Terms(**found)
         if (bias := call.terms.get("relative_bias")) is not None:
@@ -341,21 +201,25 @@ class Builder:
             )  # fmt: skip
         return terms
 
-    def launch(self, kernel: str, *args: Any, programs: int) -> list[Launch]:
-        """The launches of a kernel that takes these arguments, flags and the config: it, and what mends its leaks."""
-        flags = None
-        if self.config.leaks:
-            flags = self.call.q.new_empty((programs,), dtype=torch.int32)
-        found = [Launch(kernel, (*args, flags, self.config), programs, self.tile.warps, self.tile.stages)]
-        if self.config.leaks:
-            config = self.config._replace(careful=True)
-            found.append(Launch(kernel, (*args, flags, config), -(-programs // FLAGS), self.tile.warps, 1))
-        return found
+    def launch(self, kernel: str, arguments: tuple[Any, ...], programs: int) -> Launch:
+        """The launch of a kernel."""
+        return Launch(kernel, arguments, programs, self.tile.warps, self.tile.stages)
 
     @property
     def common(self) -> tuple[Any, ...]:
         """y, x, factors and counts, as every kernel takes them."""
         return self.y, self.x, Factors(*self.call.scales), self.counts
+
+
+NARROW = 2**31 - 1
+"""The most programs that 32 bits count."""
+
+PROGRAMS = 1024
+"""Among so many programs the tiles are dealt where gradients of tables are wanted, and in careful launches; fixed, so
+that bits do not depend on the device."""
+
+SHARES_BYTES = 2**26
+"""Of the shares of the gradients of tables, at most, unless one share is more."""
 
 
 def forward(call: Call, points: torch.Tensor | None = None) -> tuple[list[Launch], torch.Tensor | None, torch.Tensor]:
@@ -371,18 +235,26 @@ def forward(call: Call, points: torch.Tensor | None = None) -> tuple[list[Launch
     out = None if v is None else q.new_empty((*q.shape[:4], v.shape[4]))
     before = None if out is None or not call.sums else torch.empty_like(out, dtype=torch.float32)
     before_lse = torch.empty_like(lse) if call.sums else None
+    flags = q.new_zeros((parts_of(call.pattern), q.shape[3]), dtype=torch.int32)
+    maps = [x for x in (q, call.k, v) if x is not None]
     launches = []
     for part in range(parts_of(call.pattern)):
         last = part == parts_of(call.pattern) - 1
-        maps = [x for x in (q, call.k, v) if x is not None]
-        build = Builder(call, "forward", part, maps, 0 if v is None else v.shape[4], points, values=v is not None)
-        launches += build.launch(
-            "attention_forward_kernel",
-            build.map(q), build.map(call.k), build.map(v), build.map(out if last else before),
-            build.lse(lse if last else before_lse), build.map(before), None if part == 0 else before_lse,
-            build.terms(v is not None), *build.common, _swapped(points, build),
-            programs=build.tiles * q.shape[3] * q.shape[0],
-        )  # fmt: skip
+        for careful in (False, True):
+            build = Builder(call, "forward", part, maps, 0 if v is None else v.shape[4], points, v is not None, careful)
+            if careful and not build.config.leaks:
+                continue
+            every = build.tiles * q.shape[0]
+            if careful:
+                every = min(every, max(1, PROGRAMS // q.shape[3]))
+                build.counts = build.counts._replace(shares=every)
+            arguments = (
+                build.map(q), build.map(call.k), build.map(v), build.map(out if last else before),
+                build.lse(lse if last else before_lse), build.map(before), None if part == 0 else before_lse,
+                build.terms(v is not None), *build.common, _swapped(points, build),
+                flags[part] if build.config.leaks else None, build.config,
+            )  # fmt: skip
+            launches.append(build.launch("attention_forward_kernel", arguments, q.shape[3] * every))
     return launches, out, lse
 
 
@@ -391,14 +263,6 @@ def _swapped(points: torch.Tensor | None, build: Builder) -> torch.Tensor | None
     if points is None:
         return None
     return points.flip(1).contiguous() if build.geometry.swap else points.contiguous()
-
-
-PROGRAMS = 1024
-"""Among so many programs the tiles are dealt where gradients of tables are wanted; fixed, so that bits do not depend on
-the device."""
-
-SHARES_BYTES = 2**26
-"""Of the shares of those gradients, at most, unless one share is more."""
 
 
 def backward(
@@ -430,6 +294,7 @@ def backward(
         for part in range(parts_of(call.pattern)):
             key_bias[part] = q.new_empty((*k.shape[:3], q.shape[3]), dtype=torch.float32)
     shares: list[tuple[Builder, torch.Tensor, dict[str, tuple[int, tuple[int, ...]]]]] = []
+    flags = q.new_zeros((2 * parts_of(call.pattern), q.shape[3]), dtype=torch.int32)
     for part in range(parts_of(call.pattern)):
         last = part == parts_of(call.pattern) - 1
         to = {name: x if last else sums[name] for name, x in grads.items()}
@@ -437,28 +302,26 @@ def backward(
             names = [name for name in needs if name in mine or _side(name) == which]
             if not names:
                 continue
-            build = Builder(call, which, part, maps, v.shape[4])
-            wanted = [name if name in mine or name == "relative_bias" else name for name in names]
-            build.config = build.config._replace(**{f"grad_{_kernel_name(n, build)}": True for n in wanted})
-            partials, layout = _partials(build, [name for name in names if name.startswith("relative")], which)
-            if partials.data is not None:
-                shares.append((build, partials.data, layout))
-            inputs = [build.map(x) for x in (q, k, v, grad_out, lse, delta)]
-            if which == "dq":
-                outputs = [build.map(to.get("q")), build.map(sums.get("q"))]
-            else:
-                outputs = [build.map(x) for x in (to.get("k"), to.get("v"), sums.get("k"), sums.get("v"))]
-                outputs += [build.map(key_bias.get(part)), build.map(key_bias.get(part - 1)), build.map(None)]
-            heads = q.shape[3] if which == "dq" else k.shape[3]
-            launches += build.launch(
-                f"attention_backward_{which}_kernel",
-                *inputs,
-                *outputs,
-                build.terms(),
-                *build.common,
-                partials,
-                programs=partials.shares * heads,
-            )
+            partials = None
+            for careful in (False, True):
+                build = Builder(call, which, part, maps, v.shape[4], careful=careful)
+                if careful and not build.config.leaks:
+                    continue
+                partials, layout = _partials(build, names, which, partials)
+                if partials.data is not None and not careful:
+                    shares.append((build, partials.data, layout))
+                wanted: dict[str, Any] = {f"grad_{_kernel_name(name, build)}": True for name in names}
+                config = build.config._replace(shared=careful or partials.data is not None, **wanted)
+                inputs = [build.map(x) for x in (q, k, v, grad_out, lse, delta)]
+                if which == "dq":
+                    outputs = [build.map(to.get("q")), build.map(sums.get("q"))]
+                else:
+                    outputs = [build.map(x) for x in (to.get("k"), to.get("v"), sums.get("k"), sums.get("v"))]
+                    outputs += [build.map(key_bias.get(part)), build.map(key_bias.get(part - 1)), build.map(None)]
+                flag = flags[2 * part + (which == "dq")] if config.leaks else None
+                arguments = (*inputs, *outputs, build.terms(), *build.common, partials, flag, config)
+                heads = q.shape[3] if which == "dq" else k.shape[3]
+                launches.append(build.launch(f"attention_backward_{which}_kernel", arguments, partials.shares * heads))
 
     def finish() -> dict[str, torch.Tensor]:
         done = dict(grads)
@@ -470,7 +333,7 @@ def backward(
             of_head = data.sum(0)  # [heads, size], in a fixed order
             for name, (first, shape) in layout.items():
                 n = shape[0] * shape[1]
-                table = of_head[:, first : first + n].unflatten(1, shape)
+                table = of_head[:, first : first + n].reshape(-1, *shape)
                 if name == "relative_bias" and build.geometry.swap:
                     table = table.transpose(1, 2)
                 totals[name] = totals[name] + table if name in totals else table
@@ -496,17 +359,24 @@ def _kernel_name(name: str, build: Builder) -> str:
 
 
 def _partials(
-    build: Builder, tables: Sequence[str], which: str
+    build: Builder, names: Sequence[str], which: str, fast: Partials | None
 ) -> tuple[Partials, dict[str, tuple[int, tuple[int, ...]]]]:
-    """Shares of the gradients of tables, zeros; where each table begins in one, and its shape there."""
+    """Shares of the gradients of tables, zeros; where each table begins in one, and its shape there.
+
+    Args:
+        build: of the launch.
+        names: of all gradients wanted.
+        which: "dq" or "dkdv".
+        fast: those of the launch that a careful one follows, or None.
+    """
     call, counts = build.call, build.counts
     every = build.tiles * counts.batch
-    if not tables:
-        return Partials(shares=every), {}
     layout: dict[str, tuple[int, tuple[int, ...]]] = {}
     begins: dict[str, int] = {}
     size = 0
-    for name in tables:
+    for name in names:
+        if not name.startswith("relative"):
+            continue
         if name == "relative_bias":
             shape: tuple[int, ...] = (2 * build.y.reach - 1, 2 * build.x.reach - 1)
         else:
@@ -515,8 +385,12 @@ def _partials(
         begins[_kernel_name(name, build)] = size
         size += shape[0] * shape[1]
     programs = counts.heads if which == "dq" else counts.heads // counts.group
-    most = max(1, min(PROGRAMS // programs, SHARES_BYTES // (4 * size * counts.heads)))
-    shares = min(every, most)
+    most = max(1, PROGRAMS // programs)
+    if not layout:
+        return Partials(shares=min(every, most) if fast else every), {}
+    if fast:
+        return fast, layout
+    shares = min(every, most, max(1, SHARES_BYTES // (4 * size * counts.heads)))
     data = call.q.new_zeros((shares, counts.heads, size), dtype=torch.float32)
     return Partials(data, shares, size, **begins), layout
 
@@ -533,12 +407,13 @@ def _delta(
     )  # fmt: skip
     maps = [_plain(x) for x in (grad_out, out, grad_lse, delta)]
     programs = tiles * call.q.shape[3] * call.q.shape[0]
-    return Launch("attention_delta_kernel", (*maps, counts, rows, width), programs, 4, 1)
+    return Launch("attention_delta_kernel", (*maps, counts, rows, width, programs > NARROW), programs, 4, 1)
 
 
 def _plain(x: torch.Tensor) -> Map:
     """A map as it lies."""
-    return Map(x, *x.stride()) if x.dim() == 5 else Map(x, *x.stride(), 0)
+    batch, height, width, head, *channel = x.stride()
+    return Map(x, batch, height, width, head, channel[0] if channel else 0)
 
 
 def rows(call: Call, points: torch.Tensor) -> tuple[list[Launch], torch.Tensor]:
@@ -555,7 +430,7 @@ def rows(call: Call, points: torch.Tensor) -> tuple[list[Launch], torch.Tensor]:
             *build.common, _swapped(points, build), build.config,
         )  # fmt: skip
         programs = build.tiles * q.shape[3] * q.shape[0]
-        launches.append(Launch("attention_map_kernel", arguments, programs, build.tile.warps, build.tile.stages))
+        launches.append(build.launch("attention_map_kernel", arguments, programs))
     return launches, weights
 
 
@@ -568,19 +443,18 @@ def received(call: Call) -> tuple[list[Launch], torch.Tensor]:
     for part in range(parts_of(call.pattern)):
         build = Builder(call, "dkdv", part, [q, k], 0, values=False)
         partials = Partials(shares=build.tiles * q.shape[0])
-        launches += build.launch(
-            "attention_backward_dkdv_kernel",
+        arguments = (
             build.map(q), build.map(k), nothing, nothing, build.map(lse), nothing,
             nothing, nothing, nothing, nothing, nothing, nothing, build.map(sums),
-            build.terms(False), *build.common, partials,
-            programs=partials.shares * k.shape[3],
+            build.terms(False), *build.common, partials, None, build.config,
         )  # fmt: skip
+        launches.append(build.launch("attention_backward_dkdv_kernel", arguments, partials.shares * k.shape[3]))
     return launches, sums
 
 
 def fold(programs: int) -> tuple[int, int]:
-    """A grid of at least so many programs: the first dimension holds 2^31 - 1."""
-    width = min(programs, 2**30)
+    """A grid of at least so many programs: of two dimensions if the first, which holds 2^31 - 1, is not enough."""
+    width = programs if programs <= NARROW else 2**30
     return width, -(-programs // width)
 
 

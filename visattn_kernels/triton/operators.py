@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -121,5 +121,5 @@ def received(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> torch.Tensor:
     return sums
 
 
-OPERATORS = {"forward": forward, "backward": backward, "map": rows, "received": received}
+OPERATORS: dict[str, Callable[..., Any]] = {"forward": forward, "backward": backward, "map": rows, "received": received}
 """The function of each operator of the family."""

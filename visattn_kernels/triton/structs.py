@@ -84,8 +84,9 @@ class Counts(NamedTuple):
     heads: int
     group: int  # query heads of a key head
     tiles: int  # of one map and one head
-    positions: int = 0  # of the query grid
-    width: int = 0  # of the query grid
+    positions: int  # of the query grid
+    width: int  # of the query grid
+    shares: int = 1  # of the tiles of a head in a careful forward
 
 
 class Partials(NamedTuple):
@@ -121,7 +122,9 @@ class Config(NamedTuple):
         kind_y, kind_x, causal_y, causal_x, border: of the axes.
         others: a query does not see the key of its own position.
         leaks: NaN in what is masked could reach a result.
-        careful: this launch mends tiles that NaN reached; see `engine`.
+        careful: this launch computes heads anew that NaN reached; see `engine`.
+        shared: a program has a share of the tiles of a head (backward), instead of one.
+        wide: programs and tiles need 64 bits to be counted.
         precision: of float32 products, "ieee" or "tf32".
         goes_on: this is not the first part.
         values: there are values (forward) or gradients of out (backward).
@@ -145,7 +148,9 @@ class Config(NamedTuple):
     others: bool
     leaks: bool
     precision: str
+    wide: bool = False
     careful: bool = False
+    shared: bool = False
     goes_on: bool = False
     values: bool = True
     points: bool = False

@@ -6,12 +6,17 @@ A tile of M queries against N keys holds, in registers (64K of 32 bits for a mul
     dq              M * (D / 2 + Dv / 2 + D + 2N)        rows of q and of the gradient, sums of dq, scores twice
     dk, dv          N * (D / 2 + Dv / 2 + D + Dv + 2M)   rows of k and v, sums of both, scores twice
 
-(halves for 16-bit rows, wholes for float32), and in shared memory `stages` copies of the rows that a step brings in. So the
-rows of the table go by the wider head, `width`, and by the bytes of an element. Products of float32 run on the ordinary
-arithmetic units (without TF32), whose operands live in registers: their tiles are small.
+(halves for 16-bit rows, wholes for float32), and in shared memory `stages` copies of the rows that a step brings in.
+So the rows of the table go by the wider head, `width`, and by the bytes of an element. Products of float32 run on the
+ordinary arithmetic units (without TF32), whose operands live in registers: their tiles are small. Then by what a tile
+holds besides:
 
-No row is measured yet: they follow from the arithmetic above and from what compiles without spills
-(docs/triton.md has the table of that). `python -m benchmarks tiles` measures the candidates on a GPU.
+    plain       nothing: every key of a region for every query of it, and number biases
+    near        which of the pairs see one another, and their indices
+    vectors     products of queries, keys or gradients with a table, twice, and permutations of them
+
+No row is measured: they are the largest that compile within the limits of `benchmarks/compiled.py` (shared memory of
+each architecture, next to no spilled registers), whose table docs/triton.md has.
 """
 
 from __future__ import annotations
@@ -35,63 +40,64 @@ class Tile(NamedTuple):
     stages: int
 
 
-PASSES = ("forward", "dq", "dkdv")
+Rows = tuple[tuple[int, Tile], ...]
+"""Tiles by the widest head that they are for."""
 
-# By pass, bytes of an element, and the widest head that a row is for.
-TABLE: dict[tuple[str, int], tuple[tuple[int, Tile], ...]] = {
-    ("forward", 2): (
-        (64, Tile(64, 64, 4, 3)),
-        (128, Tile(64, 64, 4, 2)),
+TABLE: dict[tuple[str, int, str], Rows] = {
+    ("forward", 2, "plain"): (
+        (128, Tile(128, 64, 8, 3)),
         (256, Tile(64, 32, 8, 2)),
-        (512, Tile(32, 32, 8, 1)),
+        (512, Tile(64, 32, 8, 2)),
     ),
-    ("dq", 2): (
-        (64, Tile(64, 64, 4, 2)),
-        (128, Tile(64, 32, 4, 2)),
-        (256, Tile(32, 32, 8, 1)),
-        (512, Tile(32, 16, 8, 1)),
-    ),
-    ("dkdv", 2): (
-        (64, Tile(64, 64, 4, 2)),
-        (128, Tile(32, 64, 4, 1)),
-        (256, Tile(32, 32, 8, 1)),
-        (512, Tile(16, 32, 8, 1)),
-    ),
-    ("forward", 4): (
-        (64, Tile(32, 32, 4, 2)),
-        (128, Tile(32, 32, 8, 1)),
-        (512, Tile(16, 16, 8, 1)),
-    ),
-    ("dq", 4): (
-        (64, Tile(32, 32, 4, 1)),
-        (128, Tile(32, 16, 8, 1)),
-        (512, Tile(16, 16, 8, 1)),
-    ),
-    ("dkdv", 4): (
-        (64, Tile(32, 32, 4, 1)),
-        (128, Tile(16, 32, 8, 1)),
-        (512, Tile(16, 16, 8, 1)),
-    ),
+    ("forward", 2, "near"): ((128, Tile(64, 32, 4, 2)), (512, Tile(32, 32, 8, 1))),
+    ("forward", 2, "vectors"): ((128, Tile(64, 32, 8, 2)), (512, Tile(32, 32, 8, 1))),
+    ("dq", 2, "plain"): ((128, Tile(64, 64, 8, 2)), (512, Tile(32, 32, 8, 1))),
+    ("dq", 2, "near"): ((128, Tile(64, 32, 8, 2)), (512, Tile(32, 16, 8, 1))),
+    ("dq", 2, "vectors"): ((128, Tile(32, 32, 8, 1)), (512, Tile(16, 16, 8, 1))),
+    ("dkdv", 2, "plain"): ((128, Tile(64, 64, 8, 1)), (512, Tile(32, 32, 8, 1))),
+    ("dkdv", 2, "near"): ((128, Tile(32, 64, 4, 2)), (512, Tile(16, 32, 8, 1))),
+    ("dkdv", 2, "vectors"): ((64, Tile(32, 32, 8, 1)), (128, Tile(32, 64, 8, 1)), (512, Tile(16, 16, 8, 1))),
+    ("forward", 4, "plain"): ((16, Tile(128, 64, 8, 2)), (128, Tile(32, 32, 8, 1)), (512, Tile(16, 16, 8, 1))),
+    ("forward", 4, "near"): ((128, Tile(32, 32, 8, 1)), (512, Tile(16, 16, 8, 1))),
+    ("forward", 4, "vectors"): ((128, Tile(32, 32, 8, 1)), (512, Tile(16, 16, 8, 1))),
+    ("dq", 4, "plain"): ((16, Tile(64, 64, 8, 2)), (128, Tile(32, 32, 8, 1)), (512, Tile(16, 16, 8, 1))),
+    ("dq", 4, "near"): ((128, Tile(32, 16, 8, 1)), (512, Tile(16, 16, 8, 1))),
+    ("dq", 4, "vectors"): ((512, Tile(16, 16, 8, 1)),),
+    ("dkdv", 4, "plain"): ((16, Tile(32, 64, 8, 2)), (128, Tile(32, 32, 8, 1)), (512, Tile(16, 16, 8, 1))),
+    ("dkdv", 4, "near"): ((128, Tile(16, 32, 8, 1)), (512, Tile(16, 16, 8, 1))),
+    ("dkdv", 4, "vectors"): ((512, Tile(16, 16, 8, 1)),),
 }
-"""The rows that hold for every architecture."""
+"""By pass, bytes of an element and what a tile holds; what holds for every architecture."""
 
-OVERRIDES: dict[tuple[int, str, int], tuple[tuple[int, Tile], ...]] = {}
-"""Rows of one architecture, by its compute capability (80, 86, 89, 90, 100, 120), which go before those of `TABLE`."""
+# 99 KB of shared memory, where the others have 163 and 227.
+_SMALL: dict[tuple[str, int, str], Rows] = {
+    ("forward", 2, "plain"): ((128, Tile(128, 64, 8, 3)), (256, Tile(64, 32, 8, 1)), (512, Tile(32, 32, 4, 1))),
+    ("dq", 2, "plain"): ((128, Tile(64, 64, 8, 2)), (512, Tile(16, 32, 4, 1))),
+    ("dkdv", 2, "plain"): ((128, Tile(64, 64, 8, 1)), (512, Tile(16, 32, 8, 1))),
+}
+
+OVERRIDES: dict[int, dict[tuple[str, int, str], Rows]] = {86: _SMALL, 89: _SMALL, 120: _SMALL}
+"""Rows of architectures, by compute capability, that stand in the place of those of `TABLE`."""
+
+CAREFUL = Tile(16, 16, 4, 1)
+"""Of launches that compute anew what NaN reached: small, since they are rare and have the more to hold."""
 
 INTERPRETED = Tile(32, 32, 4, 1)
 """In the interpreter, which has no registers to fill: small, so that small maps have several tiles."""
 
 
-def tile_for(which: str, width: int, itemsize: int, capability: int | None) -> Tile:
+def tile_for(which: str, width: int, itemsize: int, holds: str, capability: int | None) -> Tile:
     """The tile of a pass.
 
     Args:
-        which: one of `PASSES`.
+        which: "forward", "dq" or "dkdv".
         width: the larger of D and Dv.
         itemsize: bytes of an element.
+        holds: "plain", "near" or "vectors".
         capability: compute capability such as 90; None for the interpreter.
     """
     if capability is None:
         return INTERPRETED
-    rows = OVERRIDES.get((capability, which, itemsize), ()) + TABLE[which, itemsize]
+    key = (which, itemsize, holds)
+    rows = OVERRIDES.get(capability, {}).get(key) or TABLE[key]
     return next(tile for widest, tile in rows if width <= widest)

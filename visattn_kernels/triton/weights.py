@@ -35,7 +35,7 @@ def attention_map_kernel(q, k, lse, weights, terms, y, x, factors, counts, point
         points: int64 [points, 2], (y, x) positions.
         C: `structs.Config`.
     """
-    t, head, b = locate(program(), counts.tiles, counts.heads)
+    t, head, b = locate(program(C.wide), counts.tiles, counts.heads)
     if b >= counts.batch:
         return
     c_y, i_y0, end_y, c_x, i_x0, end_x = query_tile(t, y, x, points, C)
