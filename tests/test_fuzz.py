@@ -4,6 +4,7 @@ policy, or an error that says why; never a crash, never an access out of bounds 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,6 +96,21 @@ def test_random_problems(case: Case) -> None:
     hold(case, differentiate(attend, inputs(case), case.wanted))
 
 
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.filterwarnings("ignore:.*encountered.*:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:Conversion of an array.*:DeprecationWarning")
+@settings(SETTINGS, max_examples=40)
+@given(cases())
+def test_random_problems_by_triton(case: Case) -> None:
+    case = replace(case, dtype=torch.float16 if case.dtype.itemsize == 2 else torch.float32)
+
+    def attend(q, k, v, **extra):
+        call = {"scale": case.scale, "terms": case.build_terms(extra), "backend": "triton"}
+        return va.attention(q, k, v, case.pattern, **call, return_lse=True)
+
+    hold(case, differentiate(attend, inputs(case), case.wanted))
+
+
 SHAPE = st.lists(st.integers(0, 3), min_size=3, max_size=6).map(tuple)
 GOOD = (1, 2, 3, 2, 2)
 
@@ -155,10 +171,10 @@ def decoded(fields: list[int]) -> Pattern | None:
 NEEDS = st.integers(0, 7) | st.integers(-9, 3000)
 
 
-def call(name: str, *args) -> object:
+def call(backend: str, name: str, *args) -> object:
     """The operator's result, or None if it raised an error of its own making."""
     try:
-        return ops.operator("cpu", name)(*args)
+        return ops.operator(backend, name)(*args)
     except RuntimeError as error:
         if "visattn: expected" not in str(error):
             raise
@@ -221,7 +237,21 @@ def term_tensors(draw: st.DrawFn, pattern: Pattern | None, grid, dtype) -> dict[
 @settings(SETTINGS, max_examples=800)
 @given(st.data())
 def test_raw_operators_refuse_what_does_not_fit(data: st.DataObject) -> None:
-    dtype = data.draw(st.sampled_from(DTYPES))
+    refuse_what_does_not_fit(data, "cpu", DTYPES)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.filterwarnings("ignore:.*encountered.*:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:Conversion of an array.*:DeprecationWarning")
+@settings(SETTINGS, max_examples=120)
+@given(st.data())
+def test_raw_operators_of_triton_refuse_what_does_not_fit(data: st.DataObject) -> None:
+    refuse_what_does_not_fit(data, "triton", (torch.float32, torch.float16))
+
+
+def refuse_what_does_not_fit(data: st.DataObject, backend: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Call a family's operators with what fits, mostly: a result if all does, else an error."""
+    dtype = data.draw(st.sampled_from(dtypes))
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     grid = data.draw(st.sampled_from([(2, 3), (2, 3), (3, 2)]))
     q = data.draw(almost(GOOD, dtype))
@@ -235,13 +265,13 @@ def test_raw_operators_refuse_what_does_not_fit(data: st.DataObject) -> None:
     terms, score_terms = tuple(named.values()), tuple(scores.values())
     scalars = (data.draw(st.floats()), data.draw(st.floats()), data.draw(st.floats()), fields)
 
-    result = call("forward", q, k, v, *terms, *scalars)
-    assert (result is not None) == consistent(pattern, named, q, k, v)
-    result = call("received", q, k, *score_terms, *scalars)
-    fits = consistent(pattern, scores, q, k)
+    result = call(backend, "forward", q, k, v, *terms, *scalars)
+    assert (result is not None) == (q.dtype in dtypes and consistent(pattern, named, q, k, v))
+    result = call(backend, "received", q, k, *score_terms, *scalars)
+    fits = q.dtype in dtypes and consistent(pattern, scores, q, k)
     assert (result is not None) == fits
 
-    result = call("backward", grad_out, grad_lse, q, k, v, *terms, out, lse, *scalars, needs)
+    result = call(backend, "backward", grad_out, grad_lse, q, k, v, *terms, out, lse, *scalars, needs)
     shape = (*q.shape[:4], v.shape[-1]) if q.dim() >= 4 and v.dim() else ()
     whole = (
         all(x.shape == shape and x.dtype == q.dtype for x in (out, grad_out))
@@ -250,12 +280,12 @@ def test_raw_operators_refuse_what_does_not_fit(data: st.DataObject) -> None:
         and 0 <= needs < 1 << len(ops.DIFFERENTIABLE)
         and not any(needs >> 3 + i & 1 for i, term in enumerate(terms) if term is None)
     )
-    assert (result is not None) == (whole and consistent(pattern, named, q, k, v))
+    assert (result is not None) == (whole and q.dtype in dtypes and consistent(pattern, named, q, k, v))
 
     at = data.draw(almost((2, 2), torch.int64))
     if at.dtype == torch.int64 and at.numel():
         at = at * data.draw(st.sampled_from([0, 1, 1, 2, 3, -1, 2**40, -(2**62)]))
-    result = call("map", q, k, *score_terms, at, *scalars)
+    result = call(backend, "map", q, k, *score_terms, at, *scalars)
     inside = (
         fits
         and at.dtype == torch.int64

@@ -135,7 +135,8 @@ class Builder:
         head_dim = call.q.shape[4]
         vectors = any(name.startswith("relative") and name != "relative_bias" for name in call.terms)
         near = NEAR in (g.y.kind, g.x.kind)
-        holds = "vectors" if vectors else "near" if near else "plain"
+        bias = "relative_bias" in call.terms and which != "forward"
+        holds = "vectors" if vectors else "near" if near or bias else "plain"
         self.tile = tile_for(which, max(head_dim, value_dim), call.q.element_size(), holds, call.capability)
         if careful and call.capability is not None:
             self.tile = CAREFUL
