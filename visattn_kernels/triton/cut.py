@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from visattn_kernels.patterns import BORDERS, PATTERN_FIELDS, PATTERN_KINDS, Size
@@ -76,7 +76,10 @@ class Geometry:
         return (width, height) if self.swap else (height, width)
 
 
-def sides_of(pattern: Sequence[int], part: int, queries: Size, keys: Size, reach: Sequence[int]) -> list[Side]:
+@lru_cache(maxsize=1024)
+def sides_of(
+    pattern: tuple[int, ...], part: int, queries: Size, keys: Size, reach: tuple[int, int]
+) -> tuple[Side, Side]:
     """The axes, height and width, of a part of an encoded pattern: `axis_of` of csrc/pattern.h.
 
     Sizes that reach beyond the map are cut to where it makes no difference, so that 32 bits hold every index.
@@ -105,14 +108,15 @@ def sides_of(pattern: Sequence[int], part: int, queries: Size, keys: Size, reach
             elif size > 0:
                 side = side._replace(kind=NEAR, size=min(size, 2 * n + 1))
         sides.append(side)
-    return sides
+    return sides[0], sides[1]
 
 
-def parts_of(pattern: Sequence[int]) -> int:
+def parts_of(pattern: tuple[int, ...]) -> int:
     """How many parts an encoded pattern has."""
     return 2 if PATTERN_KINDS[pattern[0]] == "CrissCross" else 1
 
 
+@lru_cache(maxsize=1024)
 def boxes(g: Geometry, tile: Tile, points: bool = False) -> tuple[tuple[int, int], tuple[int, int]]:
     """The boxes of queries and of keys of a tile: those that leave the least of the work to padding.
 

@@ -82,8 +82,8 @@ OVERRIDES: dict[int, dict[tuple[str, int, str], Rows]] = {86: _SMALL, 89: _SMALL
 CAREFUL = Tile(16, 16, 4, 1)
 """Of launches that compute anew what NaN reached: small, since they are rare and have the more to hold."""
 
-INTERPRETED = Tile(32, 32, 4, 1)
-"""In the interpreter, which has no registers to fill: small, so that small maps have several tiles."""
+INTERPRETED = Tile(64, 64, 4, 1)
+"""In the interpreter, which has no registers to fill; each program takes it about as long."""
 
 
 def tile_for(which: str, width: int, itemsize: int, holds: str, capability: int | None) -> Tile:
