@@ -46,8 +46,8 @@ class Budgets:
     """Seconds after which each part is stopped; 0 leaves it out."""
 
     tests: float = 260.0
-    sanitizer: float = 110.0
-    benchmark: float = 190.0
+    sanitizer: float = 100.0
+    benchmark: float = 180.0
 
     @property
     def total(self) -> float:
