@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-OUT := out
+PICTURES := out
 CPP := $(shell find csrc benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: build demo pictures test published lint format bench gpu clean
@@ -22,16 +22,16 @@ $(VENV)/.installed: $(VENV)/.requirements pyproject.toml setup.py
 	@touch $@
 
 demo: build
-	@mkdir -p $(OUT)
-	$(BIN)/visattn attend --output $(OUT)/attend.png
-	$(BIN)/visattn map --at 60,60 --at 120,230 --at 190,60 --output $(OUT)/map.png
-	$(BIN)/visattn patterns --output $(OUT)/patterns.png
-	@echo "Look at $(OUT)/attend.png, $(OUT)/map.png and $(OUT)/patterns.png"
+	@mkdir -p $(PICTURES)
+	$(BIN)/visattn attend --output $(PICTURES)/attend.png
+	$(BIN)/visattn map --at 60,60 --at 120,230 --at 190,60 --output $(PICTURES)/map.png
+	$(BIN)/visattn patterns --output $(PICTURES)/patterns.png
+	@echo "Look at $(PICTURES)/attend.png, $(PICTURES)/map.png and $(PICTURES)/patterns.png"
 
 # The pictures of the README: those of the demo, at half size in 256 colours.
 pictures: demo
 	@mkdir -p docs/pictures
-	for name in attend map patterns; do $(BIN)/python -c "from PIL import Image; p = Image.open('$(OUT)/$$name.png').convert('RGB'); \
+	for name in attend map patterns; do $(BIN)/python -c "from PIL import Image; p = Image.open('$(PICTURES)/$$name.png').convert('RGB'); \
 	  p.reduce(2).quantize(256).save('docs/pictures/$$name.png', optimize=True)"; done
 
 test: build
@@ -58,12 +58,13 @@ bench: build
 	$(BIN)/python -m benchmarks products
 	$(BIN)/python -m benchmarks table --update README.md --update docs/performance.md
 
-# On a machine with an NVIDIA GPU, with that machine's own torch, and no network: nothing is installed. A run that was cut
-# short goes on where it stopped. The record is benchmarks/results/cuda.json.
+# On a machine with an NVIDIA GPU, with that machine's own torch and Triton, and no network: nothing is installed. It takes
+# less than ten minutes; what is left is done by the next call. The records are benchmarks/results/gpu.json and cuda.json,
+# copied to the folder OUT if the environment names one. Options: make gpu GPU_OPTIONS="--tests 500 --benchmark 0".
 gpu:
-	@$(PYTHON) -c "import torch, typer, rich" || \
-	  { echo "make gpu needs torch, typer and rich; name a Python that has them: make gpu PYTHON=/path/to/python"; exit 1; }
-	$(PYTHON) -m benchmarks gpu --resume
+	@$(PYTHON) -c "import torch, typer, rich, pytest, xdist" || { \
+	  echo "make gpu needs torch, typer, rich, pytest, pytest-xdist; name a Python that has them: make gpu PYTHON=..."; exit 1; }
+	@$(PYTHON) -m benchmarks gpu $(GPU_OPTIONS)
 
 clean:
-	rm -rf build dist $(OUT) *.egg-info visattn_kernels/*.so
+	rm -rf build dist $(PICTURES) *.egg-info visattn_kernels/*.so

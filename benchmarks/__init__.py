@@ -9,7 +9,8 @@
     python -m benchmarks list                           workloads, providers, and why any is absent
     python -m benchmarks ceilings                       what this CPU can do at most
     python -m benchmarks products                       the engine's inner product against torch's
+    python -m benchmarks gpu                            on a GPU: its tests, compute-sanitizer, the benchmark
 
 Reading order: `workloads`, `cases`, `providers` (`naive`, `flex`), `verify`, `measure`, `peak`, `ceilings`, `results`,
-`runner`, `table`, `plot`, `compare`, `cli`; `machine` says what it was measured on.
+`runner`, `table`, `plot`, `compare`, `gpu_record`, `gpu`, `cli`; `machine` says what it was measured on.
 """

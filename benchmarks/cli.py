@@ -12,7 +12,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import ceilings, compare, compiled, plot, products, providers, table, workloads
+from benchmarks import (
+    ceilings,
+    compare,
+    compiled,
+    gpu,
+    gpu_record,
+    plot,
+    products,
+    providers,
+    table,
+    workloads,
+)
 from benchmarks.cases import PASSES, Case, Pass
 from benchmarks.machine import ROOT
 from benchmarks.measure import Budget, summary
@@ -104,6 +115,7 @@ def run(
     memory: Annotated[bool, typer.Option(help="Measure peak memory, each in a process of its own.")] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the cells that the results file already has.")] = False,
     device: Device = "cpu",
+    stop_after: Annotated[float | None, typer.Option(help="Seconds after which no cell begins.")] = None,
 ) -> None:
     """Measure. Options may be repeated, or be given names with commas between them.
 
@@ -133,6 +145,7 @@ def run(
         memory and not quick,
         to,
         resume,
+        stop_after,
     )
     _check_target(to)
     load = os.getloadavg()[0]
@@ -150,7 +163,7 @@ def run(
     if not report.cells:
         raise _fail(f"nothing to run: no chosen workload runs on {device} in these dtypes")
     if to:
-        out.print(f"{len(report.cells)} cells in {to}")
+        out.print(f"{len(report.cells)} cells in {to}{'' if report.complete else '; not all, --resume goes on'}")
 
 
 def _check_target(to: Path | None) -> None:
@@ -217,10 +230,47 @@ def _cell_text(cell: Cell) -> str:
     return f"{cell.workload} {cell.dtype} {cell.which}: {lead}ms: {names or 'nobody'}"
 
 
-@app.command()
-def gpu(seconds: Seconds = 2.0, resume: Annotated[bool, typer.Option("--resume")] = False) -> None:
-    """Measure everything on the CUDA device: `run --device cuda`."""
-    run(seconds=seconds, resume=resume, device="cuda", to=FOLDER / "cuda.json")
+@app.command("gpu")
+def gpu_command(
+    tests: Annotated[float, typer.Option(min=0, help="Seconds for the tests.")] = gpu.Budgets().tests,
+    sanitizer: Annotated[float, typer.Option(min=0, help="Seconds for compute-sanitizer.")] = gpu.Budgets().sanitizer,
+    benchmark: Annotated[float, typer.Option(min=0, help="Seconds for the benchmark.")] = gpu.Budgets().benchmark,
+    workers: Annotated[int, typer.Option(min=1, help="Processes for the tests.")] = min(16, os.cpu_count() or 1),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew, whatever has passed before.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Run nothing: print what would run, in order.")] = False,
+) -> None:
+    """On a machine with an NVIDIA GPU: the GPU tier of the tests, compute-sanitizer, the benchmark.
+
+    0 seconds leave a part out. What has passed is not run again: call it until it says that nothing is left. The record
+    is benchmarks/results/gpu.json. A copy of it and of the logs goes to the folder that the variable OUT names, if any.
+    """
+    if plan:
+        _print_plan(gpu.Budgets(tests, sanitizer, benchmark), workers)
+        return
+    if not gpu_record.gpu_seen():
+        raise _fail("make gpu needs an NVIDIA GPU, and torch finds none here. Nothing was run, nothing was written.")
+    print(gpu.about_the_machine(), flush=True)
+    record = gpu.resumed(fresh=fresh)
+    driver = gpu.Driver(
+        record, gpu.Budgets(tests, sanitizer, benchmark), workers, say=lambda text: print(text, flush=True)
+    )
+    passed = driver.everything()
+    print(f"\n{gpu_record.render(record)}", flush=True)
+    if not passed:
+        raise typer.Exit(1)
+
+
+def _print_plan(budgets: gpu.Budgets, workers: int) -> None:
+    """What `gpu` would do."""
+    names = gpu.collect()
+    print(f"tests, at most {budgets.tests:.0f} s, {workers} processes, in this order ({len(names)}):")
+    print("\n".join(names))
+    print(f"\ncompute-sanitizer, at most {budgets.sanitizer:.0f} s: {gpu.find_sanitizer() or 'not installed'}")
+    print("\n".join(gpu_record.TOOLS))
+    cells = [(case, which) for case, which in Plan(gpu.ordered(), device="cuda").cells()]
+    print(f"\nbenchmark, at most {budgets.benchmark:.0f} s, in this order ({len(cells)}):")
+    print("\n".join(f"{case.workload.name} {case.dtype_name} {which}" for case, which in cells))
+    print(f"\nat most {budgets.total:.0f} s in all")
 
 
 @app.command("table")

@@ -81,6 +81,21 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def nvidia_smi(*arguments: str) -> str | None:
+    """Output of nvidia-smi; None where there is none, or it fails."""
+    try:
+        done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def driver() -> str | None:
+    """The version of the NVIDIA driver."""
+    found = nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
+    return found.splitlines()[0] if found else None
+
+
 def _git(*arguments: str) -> str | None:
     """Output of a git command in the repository; None if it fails."""
     try:
@@ -93,8 +108,12 @@ def _git(*arguments: str) -> str | None:
 def commit() -> tuple[str | None, bool]:
     """The commit of the working tree, None before the first one, and whether the tree differs from it.
 
-    Result files and pictures made of them don't count as a difference: they change while a benchmark runs.
+    Result files and pictures made of them don't count as a difference: they change while a benchmark runs. Where files
+    lie without their repository, VISATTN_COMMIT can tell: a commit's name, with "-dirty" after it if they differ.
     """
+    told = os.environ.get("VISATTN_COMMIT")
+    if told and _git("rev-parse", "--git-dir") is None:
+        return told.removesuffix("-dirty"), told.endswith("-dirty")
     head = _git("rev-parse", "--verify", "--quiet", "HEAD")
     status = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs", ":!README.md")
     return head, bool(status)

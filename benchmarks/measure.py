@@ -14,7 +14,11 @@ from benchmarks.providers import Bench
 WARM_CALL = 0.02
 """Calls shorter than this many seconds are preceded by an untimed one, which refills the caches after a change."""
 
-_SPIN_CYCLES = 2_000_000
+_SPIN_CYCLES = 10_000_000
+
+_SPIN_SECONDS = 0.006
+"""How long that takes, about, with what comes before: part of each sample's time, though not of the sample."""
+
 _FLUSH_BYTES = 256 * 2**20
 
 
@@ -106,7 +110,10 @@ def interleave(
         calls: seconds of one call of each.
         progress: told the samples done and the samples to do.
     """
-    counts = [budget.repeats(call) for call in calls]
+    counts = [
+        budget.repeats(call + (_SPIN_SECONDS if bench.case.device == "cuda" else 0.0))
+        for bench, call in zip(benches, calls, strict=True)
+    ]
     samples: list[list[float]] = [[] for _ in benches]
     for done, i in enumerate(turns(counts)):
         if calls[i] < WARM_CALL:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -36,6 +37,7 @@ class Plan:
         memory: whether to measure peak memory too.
         out: the results file; None writes none.
         resume: keep what the file already has, where it is of the same sources, threads and device.
+        stop_after: seconds after which no cell begins; those that are left make the report incomplete.
     """
 
     workloads: Sequence[Workload] = WORKLOADS
@@ -48,6 +50,7 @@ class Plan:
     memory: bool = True
     out: Path | None = None
     resume: bool = False
+    stop_after: float | None = None
 
     def cells(self) -> list[tuple[Case, Pass]]:
         """Every cell, in order; a workload that is not run on the device has none."""
@@ -92,12 +95,16 @@ def run(plan: Plan, listener: Listener | None = None) -> Report:
     listener.begin(len(todo))
     before = torch.get_num_threads()
     torch.set_num_threads(plan.threads)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    start = time.monotonic()
     try:
         if not report.ceilings:
             report.ceilings = ceilings.measure(plan.device, plan.threads).plain()
         limits = ceilings.Ceilings(**report.ceilings)
         known = _Known()
         for case, which in todo:
+            if plan.stop_after is not None and time.monotonic() - start > plan.stop_after:
+                return report
             listener.cell(case, which)
             if known.case != case:
                 known = _Known(case)
@@ -115,12 +122,12 @@ def run(plan: Plan, listener: Listener | None = None) -> Report:
     return report
 
 
-def _begin(plan: Plan) -> Report:
-    """A new report, or the one that is resumed."""
+def new_report(plan: Plan) -> Report:
+    """A report with no cell yet, of this code on this machine."""
     name = plan.out.stem if plan.out else plan.device
     commit, dirty = machine.commit()
     settings = {name: x if math.isfinite(x) else None for name, x in asdict(plan.budget).items()}
-    new = Report(
+    return Report(
         name,
         plan.device,
         plan.threads,
@@ -132,15 +139,28 @@ def _begin(plan: Plan) -> Report:
         versions=machine.versions(),
         settings={**settings, "memory": plan.memory, "load_average": os.getloadavg()[0]},
     )
+
+
+def differences(old: Report, new: Report) -> list[str]:
+    """What keeps a run from going on with an old report."""
+    same = ("device", "threads", "commit", "sources", "versions")
+    found = [what for what in same if getattr(old, what) != getattr(new, what)]
+    # A virtual machine's memory may grow while it is used.
+    mine, its = ({name: x for name, x in one.hardware.items() if name != "memory_bytes"} for one in (old, new))
+    return found if mine == its else [*found, "hardware"]
+
+
+def _begin(plan: Plan) -> Report:
+    """A new report, or the one that is resumed."""
+    new = new_report(plan)
     if not (plan.resume and plan.out and plan.out.exists()):
         return new
     old = load(plan.out)
-    for what in ("device", "threads", "commit", "sources", "hardware", "versions"):
-        if getattr(old, what) != getattr(new, what):
-            raise ValueError(
-                f"cannot resume {plan.out}: its {what} is {getattr(old, what)}, now {getattr(new, what)}. "
-                "Run without --resume to measure everything anew."
-            )
+    for what in differences(old, new):
+        raise ValueError(
+            f"cannot resume {plan.out}: its {what} is {getattr(old, what)}, now {getattr(new, what)}. "
+            "Run without --resume to measure everything anew."
+        )
     old.complete, old.finished = False, None
     return old
 
@@ -228,6 +248,8 @@ def _verify(provider: Provider, case: Case, which: Pass, known: _Known) -> Entry
     try:
         checks = known.truth.verify(Bench(provider, case, which, known.inputs).results())
     except Exception as error:  # whatever a peer raises is its reason
+        if case.device == "cuda":
+            torch.cuda.synchronize()  # raises where the device is lost to this process: no peer's reason any more
         first = (str(error).strip().splitlines() or [""])[0]
         entry.status, entry.reason = "absent", f"raised {type(error).__name__}: {first[:200]}"
         return entry

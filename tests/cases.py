@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
-from tolerance import GRADIENT, RESULT, check, element_bound, gradient_sizes
+from tolerance import GRADIENT, RESULT, TF32, check, element_bound, gradient_sizes, tf32_products
 
 from visattn_kernels import (
     Column,
@@ -233,31 +234,45 @@ def differentiate(forward, tensors: dict[str, torch.Tensor], wanted) -> dict[str
     return {"out": out.detach(), "lse": lse.detach(), **{f"grad_{n}": g for n, g in zip(wanted, grads, strict=True)}}
 
 
-@cache
-def expected(case: Case):
-    """R and L of a case: results and gradients in float64 (and the policy's bounds), and eagerly in its dtype."""
-    tensors = inputs(case)
+def truth(case: Case, tensors: dict[str, torch.Tensor], tf32: bool = False):
+    """R and L of a case on tensors of its shapes: results and gradients in float64 (and the policy's bounds), and
+    eagerly in its dtype, with TF32 products if these are meant."""
     doubles = {name: x.double() for name, x in tensors.items()}
 
     def formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **extra: torch.Tensor):
         return reference.formula(q, k, v, case.pattern, scale=case.true_scale, terms=case.build_terms(extra))
 
     exact = differentiate(formula, doubles, case.wanted)
-    eager = differentiate(formula, tensors, case.wanted)
+    with tf32_products() if tf32 else nullcontext():
+        eager = differentiate(formula, tensors, case.wanted)
     terms = case.build_terms(doubles)
-    call = case.pattern, case.true_scale, case.dtype, terms
+    call = case.pattern, case.true_scale, TF32 if tf32 else case.dtype, terms
     exact["bound"] = element_bound(doubles["q"], doubles["k"], doubles["v"], *call)
     exact["sizes"] = gradient_sizes(doubles, case.pattern, case.true_scale, terms)
     return exact, eager
 
 
-def hold(case: Case, results: dict[str, torch.Tensor]) -> None:
-    """Hold results and gradients of a case to the policy."""
-    exact, eager = expected(case)
+@cache
+def expected(case: Case, tf32: bool = False):
+    """R and L of a case on its own tensors."""
+    return truth(case, inputs(case), tf32)
+
+
+def hold(case: Case, results: dict[str, torch.Tensor], tf32: bool = False, known=None) -> None:
+    """Hold results and gradients of a case to the policy.
+
+    Args:
+        case: with the dtype float32 for TF32.
+        results: by name, on the CPU.
+        tf32: hold them to the row of TF32.
+        known: R and L as `truth` gives them, of other tensors than the case's own.
+    """
+    exact, eager = known or expected(case, tf32)
     for name, x in results.items():
         factor = GRADIENT if name.startswith("grad_") else RESULT
         bound = exact["bound"] if name == "out" else None
-        check(name, x, exact[name], eager[name], case.dtype, factor, bound, exact["sizes"].get(name))
+        dtype = TF32 if tf32 else case.dtype
+        check(name, x, exact[name], eager[name], dtype, factor, bound, exact["sizes"].get(name))
 
 
 def _table() -> list[Case]:

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 # set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# Triton's kernels run in its interpreter, which decorators choose when modules are imported. With a GPU, tests/gpu runs
-# them there; ahead-of-time compilation has processes of its own.
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import interpreter
 import pytest
 import torch
+
+# Without a GPU, Triton's kernels run in its interpreter, which decorators choose when modules are imported (torch does
+# not import Triton by itself). With one, tests/gpu runs them there. Ahead-of-time compilation has processes of its own.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 from visattn_kernels.backends import cpu, triton
 

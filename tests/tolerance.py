@@ -19,20 +19,39 @@ roundoff. A result x must satisfy:
    it no float32 program passes, the eager formula included, as soon as logits reach 10 (docs/design.md);
 4. in float64, instead of all this: rtol 1e-10, atol 1e-12;
 5. NaN and Inf where R has them and nowhere else.
+
+TF32 has a row of its own: float32 in which the operands of products have 11 bits. There u is 2^-11, L has products
+whose operands are cut to that (`tf32_products`), and since scores and the terms of a gradient are products, 2^-11 takes
+the place of 2^-24 in G and in rule 3. The mean may be 1.25 times L's, as in 16 bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from visattn_kernels import RelativeKey, RelativeQuery, RelativeValue, reference
 from visattn_kernels.patterns import Pattern
 from visattn_kernels.terms import TERM_TENSORS, Term, cast, tensors_of
 
-UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
+TF32 = "tf32"
+"""The row of float32 with TF32 products."""
+
+UNIT: dict[torch.dtype | str, float] = {
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+    torch.float32: 2.0**-24,
+    TF32: 2.0**-11,
+}
 RESULT, GRADIENT = 2.0, 3.0
+
+
+def product_unit(dtype: torch.dtype | str) -> float:
+    """The unit roundoff of scores and of the terms of a gradient: float32's, whose products are exact, but for TF32."""
+    return UNIT[TF32] if dtype == TF32 else UNIT[torch.float32]
 
 
 def check(
@@ -40,7 +59,7 @@ def check(
     x: torch.Tensor,
     exact: torch.Tensor,
     eager: torch.Tensor,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
     factor: float = RESULT,
     bound: torch.Tensor | None = None,
     uncancelled: torch.Tensor | None = None,
@@ -52,7 +71,7 @@ def check(
         x: the result under test.
         exact: R, float64.
         eager: L.
-        dtype: dtype of the operation, which `x` need not have (lse is float32).
+        dtype: dtype of the operation, which `x` need not have (lse is float32), or TF32.
         factor: RESULT or GRADIENT.
         bound: that of rule 3 for each element of out, as `element_bound` gives it.
         uncancelled: G of rules 1 and 2, as `gradient_sizes` gives it.
@@ -74,7 +93,7 @@ def check(
         assert worst <= 1e-12, f"{name}: float64 error exceeds rtol 1e-10 by {worst:.3g}"
         return
     u = UNIT[dtype]
-    noise = torch.zeros_like(size) if uncancelled is None else 4 * UNIT[torch.float32] * uncancelled[finite]
+    noise = torch.zeros_like(size) if uncancelled is None else 4 * product_unit(dtype) * uncancelled[finite]
     largest = factor * spread.max() + 4 * u * size.max() + noise.max()
     assert error.max() <= largest, f"{name}: largest error {error.max():.3g}, allowed {largest:.3g}"
     mean = (10 if dtype == torch.float32 else 1.25) * spread.mean() + u * size.mean() + noise.mean()
@@ -90,7 +109,7 @@ def element_bound(
     v: torch.Tensor,
     pattern: Pattern,
     scale: float,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
     terms: Sequence[Term] = (),
 ) -> torch.Tensor:
     """The bound of rule 3 for each element of out, from float64 inputs."""
@@ -100,7 +119,7 @@ def element_bound(
     mass = reference.formula(q, k, v.abs(), pattern, scale=scale, terms=mass_terms)[0]
     scores = reference.logits(q.abs(), k.abs(), pattern, scale=abs(scale), terms=absolute)
     size = scores.flatten(-2).amax(-1).clamp_min(0).permute(0, 2, 3, 1)[..., None]  # [B, H, W, heads, 1]
-    return (8 * UNIT.get(dtype, 0.0) + 2 * UNIT[torch.float32] * size) * mass
+    return (8 * UNIT.get(dtype, 0.0) + 2 * product_unit(dtype) * size) * mass
 
 
 def magnitudes(terms: Sequence[Term]) -> list[Term]:
@@ -148,3 +167,35 @@ def gradient_sizes(
     added = {name: x for name, x in extra.items() if name not in values}
     differentiate(scores, grad_scores.detach(), q=q, k=k, **added)
     return sizes
+
+
+def cut_to_tf32(x: torch.Tensor) -> torch.Tensor:
+    """A float32 tensor as a product of TF32 reads it: without the lower 13 bits; other dtypes as they are."""
+    return (x.view(torch.int32) & -(1 << 13)).view(torch.float32) if x.dtype == torch.float32 else x
+
+
+class _Tf32Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor, equation: str) -> torch.Tensor:
+        ctx.save_for_backward(a, b)
+        ctx.equation = equation
+        return torch.einsum(equation, cut_to_tf32(a), cut_to_tf32(b))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        a, b = (cut_to_tf32(x) for x in ctx.saved_tensors)
+        names, result = ctx.equation.split("->")
+        a_name, b_name = names.split(",")
+        grad = cut_to_tf32(grad)
+        grad_a = torch.einsum(f"{result},{b_name}->{a_name}", grad, b)
+        return grad_a, torch.einsum(f"{result},{a_name}->{b_name}", grad, a), None
+
+
+class tf32_products(TorchFunctionMode):  # noqa: N801 (used as a function)
+    """While this is open, the operands of every contraction of the reference are cut to TF32, in its backward too."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.einsum:
+            equation, a, b = args
+            return _Tf32Product.apply(a, b, equation)
+        return function(*args, **(kwargs or {}))
