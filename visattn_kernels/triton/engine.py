@@ -372,7 +372,7 @@ def add_along(
 def add_to_table(
     share, t, rows, seen, first, axis, WIDTH: tl.constexpr, A: tl.constexpr, CAREFUL: tl.constexpr, C: tl.constexpr
 ):
-    """Add t^T @ rows to the entries from `first` on of a share [2K - 1, WIDTH]; how much was not finite."""
+    """Add t^T @ rows to the entries from `first` on of a share [2K - 1, WIDTH]; what is not finite."""
     E: tl.constexpr = C.ey if A == 0 else C.ex
     added = add_product(zero_pieces(E, WIDTH), tl.trans(t), rows, seen, CAREFUL, C)
     e = first + tl.arange(0, E)
@@ -383,7 +383,7 @@ def add_to_table(
         new = new + (old[i] + added[i],)
     store_pieces(share, e.to(tl.int64) * WIDTH, there, 1, WIDTH, new)
     tl.debug_barrier()  # other threads read these numbers next time
-    return any_not_finite(added)
+    return any_not_finite(rows) + any_not_finite((t,))
 
 
 @triton.jit

@@ -154,7 +154,7 @@ class Builder:
             call.queries.width,
         )  # fmt: skip
         self.config = Config(
-            qy, qx, ky, kx, max(16, power(qy + ky - 1)), max(16, power(qx + kx - 1)),
+            qy, qx, qy * qx, ky, kx, ky * kx, max(16, power(qy + ky - 1)), max(16, power(qx + kx - 1)),
             head_dim, value_dim,
             g.y.kind, g.x.kind, g.y.causal, g.x.causal, g.border, g.others,
             leaks=values and (near or g.others or vectors),
@@ -312,6 +312,7 @@ def backward(
                 if partials.data is not None and not careful:
                     shares.append((build, partials.data, layout))
                 wanted: dict[str, Any] = {f"grad_{_kernel_name(name, build)}": True for name in names}
+                wanted["tables" if which == "dq" else "key_tables"] = partials.data is not None
                 config = build.config._replace(shared=careful or partials.data is not None, **wanted)
                 inputs = [build.map(x) for x in (q, k, v, grad_out, lse, delta)]
                 if which == "dq":

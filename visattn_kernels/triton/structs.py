@@ -112,11 +112,11 @@ class Partials(NamedTuple):
 
 
 class Config(NamedTuple):
-    """All that is known at compile time.
+    """All that is known at compile time. Fields alone: Triton's compiler sees no property of a tuple.
 
     Attributes:
-        qy, qx: the box of queries of a tile.
-        ky, kx: the box of keys of a tile.
+        qy, qx: the box of queries of a tile; m of them.
+        ky, kx: the box of keys of a tile; n of them.
         ey, ex: the entries of relative tables that a tile needs, powers of two.
         head_dim, value_dim: D and Dv.
         kind_y, kind_x, causal_y, causal_x, border: of the axes.
@@ -129,13 +129,16 @@ class Config(NamedTuple):
         goes_on: this is not the first part.
         values: there are values (forward) or gradients of out (backward).
         points: queries are a list.
-        grads: names of the gradients wanted.
+        grad_q, ...: gradients that are wanted.
+        tables, key_tables: whether gradients of tables are, of the query's and of the key's side.
     """
 
     qy: int
     qx: int
+    m: int
     ky: int
     kx: int
+    n: int
     ey: int
     ex: int
     head_dim: int
@@ -165,24 +168,5 @@ class Config(NamedTuple):
     grad_value_y: bool = False
     grad_value_x: bool = False
     grad_key_bias: bool = False
-
-    @property
-    def m(self) -> int:
-        """Queries of a tile."""
-        return self.qy * self.qx
-
-    @property
-    def n(self) -> int:
-        """Keys of a tile."""
-        return self.ky * self.kx
-
-    @property
-    def tables(self) -> bool:
-        """Whether gradients of query-side tables are wanted."""
-        vectors = self.grad_query_y or self.grad_query_x or self.grad_value_y or self.grad_value_x
-        return self.grad_bias or vectors
-
-    @property
-    def key_tables(self) -> bool:
-        """Whether gradients of key-side tables are wanted."""
-        return self.grad_key_y or self.grad_key_x
+    tables: bool = False
+    key_tables: bool = False
