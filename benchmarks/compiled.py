@@ -108,8 +108,7 @@ def compile_launch(one: launch.Launch, capability: int) -> Any:
 
     kernel = KERNELS[one.kernel]
     source = ASTSource(kernel, *_signature(kernel, one.args))
-    options = {"num_warps": one.warps, "num_stages": one.stages}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options(one))
 
 
 def resources(compiled: Any) -> dict[str, int]:

@@ -300,7 +300,7 @@ def _key_tile(
     low_x, high_x = query_range(x, j_x0, end_x, line_qx[2], C.kind_x, C.causal_x, C)
     keys = _load_rows(k, line_y, line_x, j_y, j_x, b, kv_head, there, C.head_dim)
     bad = 0
-    if C.values:
+    if C.with_values:
         values = _load_rows(v, line_y, line_x, j_y, j_x, b, kv_head, there, C.value_dim)
         if C.goes_on and C.grad_k:
             sums_k = _load_rows(before_k, line_y, line_x, j_y, j_x, b, kv_head, there, C.head_dim)
@@ -337,7 +337,7 @@ def _key_tile(
                     i_y0, i_x0, j_y0, j_x0, seen, False, C,
                 )  # fmt: skip
                 p = _weights(s, lse_rows, seen)
-                if C.values:
+                if C.with_values:
                     delta_rows = _load_numbers(delta, line_qy, line_qx, i_y, i_x, b, head, queries, 0.0)
                     grads = _load_rows(grad_out, line_qy, line_qx, i_y, i_x, b, head, queries, C.value_dim)
                     if C.grad_v:
@@ -378,7 +378,7 @@ def _key_tile(
         if C.grad_key_bias:
             at = b * grad_key_bias.batch + head * grad_key_bias.head + offsets(grad_key_bias, line_y, line_x, j_y, j_x)
             tl.store(grad_key_bias.data + at, sums_bias, mask=there)
-    if C.values:
+    if C.with_values:
         if C.grad_k:
             at = b * grad_k.batch + kv_head * grad_k.head + offsets(grad_k, line_y, line_x, j_y, j_x)
             store_pieces(grad_k.data, at, there, grad_k.channel, C.head_dim, sums_k)

@@ -97,7 +97,7 @@ def _walk(q, k, v, terms, y, x, factors, counts, b, head, tile, acc, m, total, C
             factor = tl.exp2(m - m_safe)
             total = total * factor + tl.sum(p, 1)
             m = m_new
-            if C.values:
+            if C.with_values:
                 acc = scale_pieces(acc, factor)
                 values_of_head = v.data + b * v.batch + kv_head * v.head
                 values = load_pieces(
@@ -115,7 +115,7 @@ def _walk(q, k, v, terms, y, x, factors, counts, b, head, tile, acc, m, total, C
                     along_x = along_x * factor[:, None] + sum_over_keys(p, 1, C)
                     if CAREFUL:
                         seen_x += sum_over_keys(seen.to(tl.float32), 1, C)
-        if C.values and terms.value_x.data is not None:
+        if C.with_values and terms.value_x.data is not None:
             first = first_entry(x, i_x0, j_x0, 1, C)
             t = unskew_queries(along_x, 1, C)
             seen_t = unskew_queries(seen_x, 1, C) > 0.5
@@ -163,7 +163,7 @@ def _tile(
     if C.goes_on:
         m = tl.load(before_lse + at_lse, mask=queries, other=float("-inf")) * LOG2E
         total = tl.where(m == float("-inf"), 0.0, 1.0)
-        if C.values:
+        if C.with_values:
             at = b * before.batch + head * before.head + offsets(before, line_y, line_x, i_y, i_x)
             acc = load_pieces(before.data, at, queries, before.channel, C.value_dim)
     acc, m, total = _walk(rows, k, v, terms, y, x, factors, counts, b, head, tile, acc, m, total, CAREFUL, C)
@@ -171,7 +171,7 @@ def _tile(
     sums = tl.where(m == float("inf"), float("inf"), (m + tl.log2(tl.where(none, 1.0, total))) * LN2)
     tl.store(lse.data + at_lse, tl.where(none, float("-inf"), sums), mask=queries)
     bad = 0
-    if C.values:
+    if C.with_values:
         at = b * out.batch + head * out.head + offsets(out, line_y, line_x, i_y, i_x)
         inverse = 1.0 / tl.where(none, 1.0, total)
         store_pieces(out.data, at, queries, out.channel, C.value_dim, scale_pieces(acc, inverse))

@@ -160,7 +160,7 @@ class Builder:
             leaks=values and (near or g.others or vectors),
             precision="tf32" if call.tf32 and call.q.dtype == torch.float32 else "ieee",
             wide=self.tiles * heads * call.q.shape[0] > NARROW,
-            careful=careful, goes_on=part > 0, values=values, points=points is not None,
+            careful=careful, goes_on=part > 0, with_values=values, points=points is not None,
         )  # fmt: skip
 
     def map(self, x: torch.Tensor | None) -> Map:
@@ -460,6 +460,11 @@ def fold(programs: int) -> tuple[int, int]:
     return width, -(-programs // width)
 
 
+def options(one: Launch) -> dict[str, Any]:
+    """What Triton compiles a launch with. Products are fused with sums, which Triton is to be told from 3.10 on."""
+    return {"num_warps": one.warps, "num_stages": one.stages, "enable_fp_fusion": True}
+
+
 def run(launches: Sequence[Launch], device: torch.device) -> None:
     """Run launches in order, on the current stream of the device."""
     from visattn_kernels.triton.kernels import KERNELS
@@ -467,4 +472,4 @@ def run(launches: Sequence[Launch], device: torch.device) -> None:
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         for one in launches:
             if one.programs:
-                KERNELS[one.kernel][fold(one.programs)](*one.args, num_warps=one.warps, num_stages=one.stages)
+                KERNELS[one.kernel][fold(one.programs)](*one.args, **options(one))

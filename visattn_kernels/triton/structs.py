@@ -127,7 +127,7 @@ class Config(NamedTuple):
         wide: programs and tiles need 64 bits to be counted.
         precision: of float32 products, "ieee" or "tf32".
         goes_on: this is not the first part.
-        values: there are values (forward) or gradients of out (backward).
+        with_values: there are values (forward) or gradients of out (backward).
         points: queries are a list.
         grad_q, ...: gradients that are wanted.
         tables, key_tables: whether gradients of tables are, of the query's and of the key's side.
@@ -155,7 +155,7 @@ class Config(NamedTuple):
     careful: bool = False
     shared: bool = False
     goes_on: bool = False
-    values: bool = True
+    with_values: bool = True
     points: bool = False
     grad_q: bool = False
     grad_k: bool = False
