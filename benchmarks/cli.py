@@ -442,6 +442,9 @@ def compiled_command(
         list[int] | None, typer.Option(help="Compute capabilities; 80, 90, 100, 120 otherwise.")
     ] = None,
     careful: Annotated[bool, typer.Option(help="Also the launches that compute anew what NaN reached.")] = True,
+    reading: Annotated[
+        bool, typer.Option("--reading", help="What attention_map and attention_received launch, instead.")
+    ] = False,
     to: Annotated[
         Path | None, typer.Option("--out", help="Where to; results/compiled.json if all were compiled.")
     ] = None,
@@ -450,11 +453,11 @@ def compiled_command(
     chosen = _pick(workload, workloads.WORKLOADS, "workload")
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise _fail("TRITON_INTERPRET=1 is set, so that kernels are not compiled")
-    if to is None and not workload and not capability and careful:
+    if to is None and not workload and not capability and not reading and careful:
         to = compiled.FILE
     with err.status("") as status:
         try:
-            found = list(compiled.rows(chosen, capability or compiled.CAPABILITIES, careful, status.update))
+            found = list(compiled.rows(chosen, capability or compiled.CAPABILITIES, careful, reading, status.update))
         except ImportError as error:
             raise _fail(error) from error
     if to is not None:

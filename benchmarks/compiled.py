@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +67,23 @@ def launches_of(call: launch.Call) -> list[launch.Launch]:
     return [*forward, *backward]
 
 
+def reading_launches_of(call: launch.Call) -> list[launch.Launch]:
+    """Every launch of `attention_map` of a few points and of `attention_received`."""
+    call = replace(call, v=None, terms={name: x for name, x in call.terms.items() if "value" not in name})
+    points = torch.empty((5, 2), dtype=torch.int64, device="meta")
+    return [*launch.rows(call, points)[0], *launch.received(call)[0]]
+
+
 def _signature(kernel: Any, args: Sequence[Any]) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
     """Types, constants and attributes of arguments, as Triton finds them at a call."""
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
     aligned = [["tt.divisibility", 16]]
 
-    def type_of(x: Any, path: tuple[int, ...], specialise: bool) -> Any:
+    # Inside a tuple Triton specialises numbers whether or not the parameter is to be.
+    def type_of(x: Any, path: tuple[int, ...], specialise: bool = True) -> Any:
         if isinstance(x, tuple):
-            found = [type_of(one, (*path, i), specialise) for i, one in enumerate(x)]
+            found = [type_of(one, (*path, i)) for i, one in enumerate(x)]
             return type(x)(*found) if hasattr(x, "_fields") else tuple(found)
         if x is None or (specialise and isinstance(x, int) and x == 1):
             constants[path] = x
@@ -132,11 +141,12 @@ def resources(compiled: Any) -> dict[str, int]:
 
 
 def narrow_offsets(ttir: str) -> list[str]:
-    """Additions to pointers of tensors whose offsets are not 64-bit; none may be."""
+    """Additions to pointers whose offsets are not 64-bit; none may be, but where a table begins in a share."""
+    narrow = re.compile(r"(tensor<[\dx]*i(8|16|32)>|!tt\.ptr<\w+>, i(8|16|32))\s*(loc|$)")
     return [
         line.strip()
         for line in ttir.splitlines()
-        if "tt.addptr" in line and re.search(r"tensor<[^>]*!tt\.ptr[^>]*>+, tensor<[\dx]*i(8|16|32)>", line)
+        if "tt.addptr" in line and narrow.search(line) and "%partials" not in line
     ]
 
 
@@ -144,6 +154,7 @@ def rows(
     workloads: Sequence[Workload],
     capabilities: Sequence[int] = CAPABILITIES,
     careful: bool = True,
+    reading: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Iterator[dict[str, Any]]:
     """Compile every launch of workloads; one row for each, equal kernels once.
@@ -152,13 +163,15 @@ def rows(
         workloads: which.
         capabilities: for which.
         careful: whether launches that compute anew what NaN reached are among them.
+        reading: those of `attention_map` and `attention_received` instead of a forward's and a backward's.
         progress: told what is compiled.
     """
     seen: set[Any] = set()
     for workload in workloads:
         dtype = getattr(torch, workload.dtypes("cuda")[0])
         for capability in capabilities:
-            for one in launches_of(call_of(workload, dtype, capability)):
+            launches = reading_launches_of if reading else launches_of
+            for one in launches(call_of(workload, dtype, capability)):
                 config = one.args[-1]
                 is_careful = bool(getattr(config, "careful", False))
                 if is_careful and not careful:

@@ -61,6 +61,16 @@ def test_careful_launches_compile(name: str, tmp_path: Path) -> None:
         assert not compiled.faults(row), f"{row['kernel']}: {'; '.join(compiled.faults(row))}"
 
 
+@pytest.mark.parametrize("name", ["nat-b-s1", "ccnet-97"])
+def test_reading_the_map_compiles(name: str, tmp_path: Path) -> None:
+    rows = compile_all(tmp_path, "-w", name, "--reading", "--no-careful")
+    for capability in compiled.CAPABILITIES:
+        kernels = {row["kernel"] for row in rows if row["capability"] == capability}
+        assert kernels == {"attention_forward_kernel", "attention_map_kernel", "attention_backward_dkdv_kernel"}
+    for row in rows:
+        assert not compiled.faults(row), f"{row['kernel']}: {'; '.join(compiled.faults(row))}"
+
+
 def test_the_limits_can_be_broken() -> None:
     row = {"capability": 120, "shared": 0, "stack": 0, "careful": False, "narrow_offsets": []}
     assert compiled.faults(row) == []

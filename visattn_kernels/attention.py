@@ -95,7 +95,10 @@ def attention(
         reach. The backward adds one number per query and head (with a key bias, per key and head), for 16-bit inputs
         one float32 copy of the gradient of q, and for each head at most 32 copies of its relative tables that require
         grad. `CrissCross` takes twice as many of those, and in 16 bits float32 copies of out and of the gradients of
-        k and v. Never anything of the size of the map, except with `backend="reference"`.
+        k and v. On a GPU: one float32 number per query, head and map for the backward; one per key and query head with
+        a key bias; of relative tables that require grad as many copies as fit 64 MB, or one; and `CrissCross` takes
+        float32 copies of out and of the gradients of q, k and v in every dtype. Never anything of the size of the
+        map, except with `backend="reference"`.
 
     References:
         Vaswani et al., 2017, equation 1; the online softmax of Milakov and Gimelshein, 2018; the tiling and the

@@ -52,15 +52,14 @@ def _no_gpu() -> list[str]:
     """Why torch has no GPU for them."""
     if torch.version.hip is not None:
         return ["this torch is built for ROCm, and the kernels are tuned for NVIDIA GPUs"]
-    if not torch.cuda.is_available():
-        return ["torch sees no NVIDIA GPU"]
-    return _too_old()
+    return [] if torch.cuda.is_available() else ["torch sees no NVIDIA GPU"]
 
 
 @cache
-def _too_old() -> list[str]:
-    newest = max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
-    return [] if newest >= (8, 0) else [f"no GPU of compute capability 8.0 or more; the newest has {newest}"]
+def _too_old(device: int) -> list[str]:
+    """Why a GPU cannot; asked of tensors on a GPU alone, since the question starts CUDA."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return [] if major >= 8 else [f"the GPU has compute capability {major}.{minor}, not 8.0 or more"]
 
 
 def unsupported(problem: Problem) -> list[str]:
@@ -69,6 +68,8 @@ def unsupported(problem: Problem) -> list[str]:
     device = "cpu" if interpret else "cuda"
     if problem.device != device:
         reasons.append(f"the tensors are on {problem.device}, not on {'the CPU' if interpret else 'a GPU'}")
+    elif device == "cuda" and not _no_gpu():
+        reasons += _too_old(torch.cuda.current_device())
     if problem.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         reasons.append(f"the dtype is {str(problem.dtype).removeprefix('torch.')}, not one of {names}")

@@ -1,6 +1,6 @@
 """The backward kernels, which compute the weights again from lse; nothing is added atomically.
 
-    P = 2^(S - lse)                    of each pair, S the scores (engine.scores)
+    P = e^(S - lse)                    of each pair, S the scores (engine.scores)
     dP = dO . (V + value terms)        dS = P * (dP - delta),   delta = dO . O - dlse
 
 `attention_delta_kernel` is one pass over dO and O. Then, each recomputing P and dS for its pairs:
@@ -28,7 +28,6 @@ import triton
 import triton.language as tl
 
 from visattn_kernels.triton.engine import (
-    LOG2E,
     add_along,
     add_product,
     add_to_bias,
@@ -36,6 +35,7 @@ from visattn_kernels.triton.engine import (
     any_not_finite,
     clear,
     dot_rows,
+    exponential,
     first_entry,
     indices,
     inside,
@@ -48,6 +48,7 @@ from visattn_kernels.triton.engine import (
     scores,
     store_pieces,
     sum_over_keys,
+    unit,
     unskew_both,
     unskew_keys,
     unskew_queries,
@@ -59,9 +60,9 @@ from visattn_kernels.triton.forward import query_tile
 from visattn_kernels.triton.geometry import block_of, line, locate, product, program
 
 
-@triton.jit(do_not_specialize=["counts"])
+@triton.jit(do_not_specialize=["batch"])
 def attention_delta_kernel(
-    grad_out, out, grad_lse, delta, counts, ROWS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr
+    grad_out, out, grad_lse, delta, counts, batch, ROWS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr
 ):
     """Delta = sum_d dO * O - dlse of ROWS positions of a head, float32.
 
@@ -70,9 +71,9 @@ def attention_delta_kernel(
         counts: `structs.Counts`.
     """
     t, head, b = locate(program(WIDE), counts.tiles, counts.heads)
-    if b >= counts.batch:
+    if b >= batch:
         return
-    position = t * ROWS + tl.arange(0, ROWS)
+    position = product(t, ROWS, WIDE) + tl.arange(0, ROWS)
     there = position < counts.positions
     i_y, i_x = (position // counts.width).to(tl.int64), (position % counts.width).to(tl.int64)
     total = tl.zeros([ROWS], tl.float32)
@@ -103,10 +104,10 @@ def _load_numbers(map, line_y, line_x, i_y, i_x, b, head, there, other):
 
 
 @triton.jit
-def _weights(s, lse, seen):
+def _weights(s, lse, seen, C: tl.constexpr):
     """P of a tile from scores and lse; 0 in pairs that are not seen, whatever lse is."""
     lse = tl.where(lse == float("-inf"), 0.0, lse)  # of a query with no key
-    return tl.where(seen & (s != float("-inf")), tl.exp2(s - (lse * LOG2E)[:, None]), 0.0)
+    return tl.where(seen & (s != float("-inf")), exponential(s - (lse * unit(C.natural))[:, None], C), 0.0)
 
 
 # Queries.
@@ -163,7 +164,7 @@ def _query_tile(
                 rows, keys, key_bias, across, terms, factors, counts, head, y, x, i_y, i_x, j_y, j_x,
                 i_y0, i_x0, j_y0, j_x0, seen, True, C,
             )  # fmt: skip
-            p = _weights(s, lse_rows, seen)
+            p = _weights(s, lse_rows, seen, C)
             dp = dot_rows(grads, values, C.m, C.n, C)
             dp += value_part(grads, across_values, terms, counts, head, y, i_y0, j_y0, True, C)
             ds = tl.where(seen & (s != float("-inf")), p * (dp - delta_rows[:, None]), 0.0)
@@ -222,9 +223,26 @@ def _query_tile(
     return bad
 
 
-@triton.jit(do_not_specialize=["y", "x", "counts", "factors", "partials"])
+@triton.jit(do_not_specialize=["batch", "shares"])
 def attention_backward_dq_kernel(
-    q, k, v, grad_out, lse, delta, grad_q, before, terms, y, x, factors, counts, partials, flags, C: tl.constexpr
+    q,
+    k,
+    v,
+    grad_out,
+    lse,
+    delta,
+    grad_q,
+    before,
+    terms,
+    y,
+    x,
+    factors,
+    counts,
+    partials,
+    batch,
+    shares,
+    flags,
+    C: tl.constexpr,
 ):
     """dQ, and shares of the gradients of query-side tables; see the top of this file.
 
@@ -232,22 +250,23 @@ def attention_backward_dq_kernel(
         q, k, v, grad_out, lse, delta, grad_q, before: `structs.Map`; `before` is dQ of the part before, float32.
         terms, y, x, factors, counts, partials: `structs.Terms`, `Axis`, `Axis`, `Factors`, `Counts`, `Partials`.
         flags: int32 [heads], set, and read if C.careful; None unless C.leaks.
+        batch, shares: numbers of maps, and of programs that share the tiles of a head.
         C: `structs.Config`.
     """
     i = program(C.wide)
-    if i >= product(partials.shares, counts.heads, C.wide):
+    if i >= product(shares, counts.heads, C.wide):
         return
-    head = (i // partials.shares).to(tl.int64)
+    head = (i // shares).to(tl.int64)
     if C.careful:
         if tl.load(flags + head) != 0:
             _query_tiles(
-                i % partials.shares, head, q, k, v, grad_out, lse, delta, grad_q, before, terms, y, x, factors, counts,
-                partials, True, C,
+                i % shares, head, q, k, v, grad_out, lse, delta, grad_q, before, terms, y, x, factors, counts,
+                partials, batch, shares, True, C,
             )  # fmt: skip
     else:
         bad = _query_tiles(
-            i % partials.shares, head, q, k, v, grad_out, lse, delta, grad_q, before, terms, y, x, factors, counts,
-            partials, False, C,
+            i % shares, head, q, k, v, grad_out, lse, delta, grad_q, before, terms, y, x, factors, counts,
+            partials, batch, shares, False, C,
         )  # fmt: skip
         if C.leaks:
             tl.store(flags + head, 1, mask=bad > 0)
@@ -256,7 +275,7 @@ def attention_backward_dq_kernel(
 @triton.jit
 def _query_tiles(
     share, head, q, k, v, grad_out, lse, delta, grad_q, before, terms, y, x, factors, counts, partials,
-    CAREFUL: tl.constexpr, C: tl.constexpr,
+    batch, shares, CAREFUL: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The tiles of a program: one, or its share of those of a head; how much was not finite."""
     if C.shared:
@@ -266,7 +285,7 @@ def _query_tiles(
         if C.tables and CAREFUL:
             clear(mine, partials.size)
         bad = 0
-        for t in range(share, product(counts.tiles, counts.batch, C.wide), partials.shares):
+        for t in range(share, product(counts.tiles, batch, C.wide), shares):
             bad += _query_tile(
                 t, head, q, k, v, grad_out, lse, delta, grad_q, before, terms, y, x,
                 factors, counts, partials, mine, CAREFUL, C,
@@ -336,7 +355,7 @@ def _key_tile(
                     rows, keys, key_bias, 0.0, terms, factors, counts, head, y, x, i_y, i_x, j_y, j_x,
                     i_y0, i_x0, j_y0, j_x0, seen, False, C,
                 )  # fmt: skip
-                p = _weights(s, lse_rows, seen)
+                p = _weights(s, lse_rows, seen, C)
                 if C.with_values:
                     delta_rows = _load_numbers(delta, line_qy, line_qx, i_y, i_x, b, head, queries, 0.0)
                     grads = _load_rows(grad_out, line_qy, line_qx, i_y, i_x, b, head, queries, C.value_dim)
@@ -395,10 +414,10 @@ def _key_tile(
     return bad
 
 
-@triton.jit(do_not_specialize=["y", "x", "counts", "factors", "partials"])
+@triton.jit(do_not_specialize=["batch", "shares"])
 def attention_backward_dkdv_kernel(
     q, k, v, grad_out, lse, delta, grad_k, grad_v, before_k, before_v, grad_key_bias, before_key_bias, received, terms,
-    y, x, factors, counts, partials, flags, C: tl.constexpr,
+    y, x, factors, counts, partials, batch, shares, flags, C: tl.constexpr,
 ):  # fmt: skip
     """dK, dV, dkey_bias and shares of the gradients of key-side tables; or the sums of P. See the top of this file.
 
@@ -409,19 +428,20 @@ def attention_backward_dkdv_kernel(
         C: `structs.Config`.
     """
     i = program(C.wide)
-    if i >= product(partials.shares, counts.heads // counts.group, C.wide):
+    if i >= product(shares, counts.heads // counts.group, C.wide):
         return
-    kv_head = (i // partials.shares).to(tl.int64)
+    kv_head = (i // shares).to(tl.int64)
     if C.careful:
         if tl.load(flags + kv_head) != 0:
             _key_tiles(
-                i % partials.shares, kv_head, q, k, v, grad_out, lse, delta, grad_k, grad_v, before_k, before_v,
-                grad_key_bias, before_key_bias, received, terms, y, x, factors, counts, partials, True, C,
+                i % shares, kv_head, q, k, v, grad_out, lse, delta, grad_k, grad_v, before_k, before_v,
+                grad_key_bias, before_key_bias, received, terms, y, x, factors, counts, partials, batch, shares,
+    True, C,
             )  # fmt: skip
     else:
         bad = _key_tiles(
-            i % partials.shares, kv_head, q, k, v, grad_out, lse, delta, grad_k, grad_v, before_k, before_v,
-            grad_key_bias, before_key_bias, received, terms, y, x, factors, counts, partials, False, C,
+            i % shares, kv_head, q, k, v, grad_out, lse, delta, grad_k, grad_v, before_k, before_v,
+            grad_key_bias, before_key_bias, received, terms, y, x, factors, counts, partials, batch, shares, False, C,
         )  # fmt: skip
         if C.leaks:
             tl.store(flags + kv_head, 1, mask=bad > 0)
@@ -430,7 +450,7 @@ def attention_backward_dkdv_kernel(
 @triton.jit
 def _key_tiles(
     share, kv_head, q, k, v, grad_out, lse, delta, grad_k, grad_v, before_k, before_v, grad_key_bias, before_key_bias,
-    received, terms, y, x, factors, counts, partials, CAREFUL: tl.constexpr, C: tl.constexpr,
+    received, terms, y, x, factors, counts, partials, batch, shares, CAREFUL: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The tiles of a program: one, or its share of those of a key head; how much was not finite."""
     if C.shared:
@@ -440,7 +460,7 @@ def _key_tiles(
         if C.key_tables and CAREFUL:
             clear(mine + kv_head * counts.group * partials.size, counts.group * partials.size)
         bad = 0
-        for t in range(share, product(counts.tiles, counts.batch, C.wide), partials.shares):
+        for t in range(share, product(counts.tiles, batch, C.wide), shares):
             bad += _key_tile(
                 t, kv_head, q, k, v, grad_out, lse, delta, grad_k, grad_v, before_k,
                 before_v, grad_key_bias, before_key_bias, received, terms, y, x, factors, counts, partials, mine,

@@ -25,7 +25,6 @@ import triton.language as tl
 
 from visattn_kernels.triton.geometry import NEAR, ZERO, end_key, end_query, first_key, first_query, sees
 
-LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -377,6 +376,7 @@ def add_to_table(
     added = add_product(zero_pieces(E, WIDTH), tl.trans(t), rows, seen, CAREFUL, C)
     e = first + tl.arange(0, E)
     there = (e >= 0) & (e < 2 * axis.reach - 1)
+    # This load feeds no product, so that the compiler's pipeline does not bring it before the last store.
     old = load_pieces(share, e.to(tl.int64) * WIDTH, there, 1, WIDTH)
     new = ()
     for i in tl.static_range(piece_count(WIDTH)):
@@ -408,7 +408,20 @@ def clear(share, size):
     tl.debug_barrier()
 
 
-# Scores.
+# Scores, for powers of 2, with the factor that makes them that folded in; but in float32 natural ones, for powers of e:
+# scores of hundreds lose more by one more rounding than a product costs, whose operand is the small difference to lse.
+
+
+@triton.constexpr_function
+def unit(natural):
+    """What a natural score is multiplied by."""
+    return 1.0 if natural else 1.4426950408889634
+
+
+@triton.jit
+def exponential(x, C: tl.constexpr):
+    """e^score of a score, or a difference of scores."""
+    return tl.exp(x) if C.natural else tl.exp2(x)
 
 
 @triton.jit
@@ -445,40 +458,40 @@ def scores(
     ACROSS: tl.constexpr,
     C: tl.constexpr,
 ):
-    """The scores of a tile in base 2, [M, N] float32; -inf in pairs that are not seen.
+    """The scores of a tile in units of `unit`, [M, N] float32; -inf in pairs that are not seen.
 
     Args:
         q, k: pieces of the rows.
         key_bias: that of each key, or None.
         across: the query's part along x if ACROSS, where it was computed before.
     """
-    s = dot_rows(q, k, C.m, C.n, C) * (factors.scale * LOG2E)
+    s = dot_rows(q, k, C.m, C.n, C) * (factors.scale * unit(C.natural))
     if terms.query_y.data is not None:
         first = first_entry(y, i_y0, j_y0, 0, C)
         part = query_part(q, terms.query_y, head, first, y, C.head_dim, 0, C)
-        s += part * (factors.query * LOG2E)
+        s += part * (factors.query * unit(C.natural))
     if terms.query_x.data is not None:
         if ACROSS:
             part = across
         else:
             first = first_entry(x, i_x0, j_x0, 1, C)
             part = query_part(q, terms.query_x, head, first, x, C.head_dim, 1, C)
-        s += part * (factors.query * LOG2E)
+        s += part * (factors.query * unit(C.natural))
     if terms.key_y.data is not None:
         first = first_entry(y, i_y0, j_y0, 0, C)
         part = key_part(k, terms.key_y, head, first, y, C.head_dim, 0, C)
-        s += part * (factors.key * LOG2E)
+        s += part * (factors.key * unit(C.natural))
     if terms.key_x.data is not None:
         first = first_entry(x, i_x0, j_x0, 1, C)
         part = key_part(k, terms.key_x, head, first, x, C.head_dim, 1, C)
-        s += part * (factors.key * LOG2E)
+        s += part * (factors.key * unit(C.natural))
     if terms.bias is not None:
         to = (j_y + (y.reach - 1)).to(tl.int64) * terms.bias_y + (j_x + (x.reach - 1)).to(tl.int64) * terms.bias_x
         of = i_y.to(tl.int64) * terms.bias_y + i_x.to(tl.int64) * terms.bias_x
         at = terms.bias + head * terms.bias_head + (to[None, :] - of[:, None])
-        s += tl.load(at, mask=seen, other=0.0).to(tl.float32) * LOG2E
+        s += tl.load(at, mask=seen, other=0.0).to(tl.float32) * unit(C.natural)
     if key_bias is not None:
-        s += key_bias[None, :] * LOG2E
+        s += key_bias[None, :] * unit(C.natural)
     return tl.where(seen, s, float("-inf"))
 
 

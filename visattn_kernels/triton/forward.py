@@ -4,7 +4,7 @@ A program has one tile of one head of one map:
 
             keys, x outer, y inner ->
            +------+------+------+
-    M=QY*QX| s, p | s, p | ...  |     s = scores (engine.scores), p = 2^(s - m)
+    M=QY*QX| s, p | s, p | ...  |     s = scores (engine.scores), p = e^(s - m)
     queries+------+------+------+     m, total: running maximum and sum of each query
            KY*KX keys a step          acc: running sums of p * value, pieces of [M, Dv]
 
@@ -20,10 +20,10 @@ import triton.language as tl
 
 from visattn_kernels.triton.engine import (
     LN2,
-    LOG2E,
     add_along,
     add_product,
     any_not_finite,
+    exponential,
     first_entry,
     indices,
     inside,
@@ -36,6 +36,7 @@ from visattn_kernels.triton.engine import (
     scores,
     store_pieces,
     sum_over_keys,
+    unit,
     unskew_queries,
     visible,
     zero_pieces,
@@ -93,8 +94,8 @@ def _walk(q, k, v, terms, y, x, factors, counts, b, head, tile, acc, m, total, C
             )  # fmt: skip
             m_new = tl.maximum(m, tl.max(s, 1))
             m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-            p = tl.exp2(s - m_safe[:, None])
-            factor = tl.exp2(m - m_safe)
+            p = exponential(s - m_safe[:, None], C)
+            factor = exponential(m - m_safe, C)
             total = total * factor + tl.sum(p, 1)
             m = m_new
             if C.with_values:
@@ -154,21 +155,23 @@ def _tile(
     rows = load_pieces(q.data, at_q, queries, q.channel, C.head_dim)
     at_lse = b * lse.batch + head * lse.head
     if C.points:
-        at_lse += t * lse.y + (i_y * 0).to(tl.int64)
+        at_lse += t.to(tl.int64) * lse.y + (i_y * 0).to(tl.int64)
     else:
         at_lse += offsets(lse, line_y, line_x, i_y, i_x)
     acc = zero_pieces(C.m, C.value_dim)
     m = tl.full([C.m], float("-inf"), tl.float32)
     total = tl.full([C.m], 0, tl.float32)
     if C.goes_on:
-        m = tl.load(before_lse + at_lse, mask=queries, other=float("-inf")) * LOG2E
+        m = tl.load(before_lse + at_lse, mask=queries, other=float("-inf")) * unit(C.natural)
         total = tl.where(m == float("-inf"), 0.0, 1.0)
         if C.with_values:
             at = b * before.batch + head * before.head + offsets(before, line_y, line_x, i_y, i_x)
             acc = load_pieces(before.data, at, queries, before.channel, C.value_dim)
     acc, m, total = _walk(rows, k, v, terms, y, x, factors, counts, b, head, tile, acc, m, total, CAREFUL, C)
-    none = m == float("-inf")
-    sums = tl.where(m == float("inf"), float("inf"), (m + tl.log2(tl.where(none, 1.0, total))) * LN2)
+    none = total == 0  # of NaN it is NaN, whatever the maximum has dropped
+    safe = tl.where(none, 1.0, total)
+    sums = m + tl.log(safe) if C.natural else (m + tl.log2(safe)) * LN2
+    sums = tl.where(m == float("inf"), float("inf"), sums)
     tl.store(lse.data + at_lse, tl.where(none, float("-inf"), sums), mask=queries)
     bad = 0
     if C.with_values:
@@ -180,9 +183,9 @@ def _tile(
     return bad
 
 
-@triton.jit(do_not_specialize=["y", "x", "counts", "factors"])
+@triton.jit(do_not_specialize=["batch", "shares"])
 def attention_forward_kernel(
-    q, k, v, out, lse, before, before_lse, terms, y, x, factors, counts, points, flags, C: tl.constexpr
+    q, k, v, out, lse, before, before_lse, terms, y, x, factors, counts, batch, shares, points, flags, C: tl.constexpr
 ):
     """Out and lse of one tile; see the top of this file.
 
@@ -190,6 +193,7 @@ def attention_forward_kernel(
         q, k, v, out, lse, before: `structs.Map`; `before` is the out of the part before, float32.
         before_lse: that part's lse, shaped like lse.
         terms, y, x, factors, counts: `structs.Terms`, `Axis`, `Axis`, `Factors`, `Counts`.
+        batch, shares: numbers of maps, and of programs that share the tiles of a head if C.careful.
         points: int64 [points, 2], (y, x) positions, if C.points.
         flags: int32 [heads], set, and read if C.careful; None unless C.leaks.
         C: `structs.Config`.
@@ -198,7 +202,7 @@ def attention_forward_kernel(
     if C.careful:
         head = i % counts.heads
         if tl.load(flags + head) != 0:
-            for t in range(i // counts.heads, product(counts.tiles, counts.batch, C.wide), counts.shares):
+            for t in range(i // counts.heads, product(counts.tiles, batch, C.wide), shares):
                 b = (t // counts.tiles).to(tl.int64)
                 _tile(
                     t % counts.tiles, head.to(tl.int64), b, q, k, v, out, lse, before, before_lse, terms, y, x,
@@ -206,7 +210,7 @@ def attention_forward_kernel(
                 )  # fmt: skip
     else:
         t, head, b = locate(i, counts.tiles, counts.heads)
-        if b >= counts.batch:
+        if b >= batch:
             return
         bad = _tile(t, head, b, q, k, v, out, lse, before, before_lse, terms, y, x, factors, counts, points, False, C)
         if C.leaks:

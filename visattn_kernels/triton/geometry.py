@@ -40,7 +40,7 @@ def program(WIDE: tl.constexpr):
 @triton.jit
 def product(a, b, WIDE: tl.constexpr):
     """A * b, in 64 bits if WIDE."""
-    return (a.to(tl.int64) if WIDE else a) * b
+    return (a + tl.full([], 0, tl.int64)) * b if WIDE else a * b
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from visattn_kernels.errors import expected
 from visattn_kernels.patterns import BORDERS, PATTERN_FIELDS, PATTERN_KINDS, Size
 from visattn_kernels.triton.cut import Geometry, Side, boxes, parts_of, power, sides_of
 from visattn_kernels.triton.structs import (
@@ -150,7 +151,7 @@ class Builder:
             self.tiles = points.shape[0]
         heads = call.q.shape[3]
         self.counts = Counts(
-            call.q.shape[0], heads, heads // call.k.shape[3], self.tiles, call.queries.height * call.queries.width,
+            heads, heads // call.k.shape[3], self.tiles, call.queries.height * call.queries.width,
             call.queries.width,
         )  # fmt: skip
         self.config = Config(
@@ -159,6 +160,7 @@ class Builder:
             g.y.kind, g.x.kind, g.y.causal, g.x.causal, g.border, g.others,
             leaks=values and (near or g.others or vectors),
             precision="tf32" if call.tf32 and call.q.dtype == torch.float32 else "ieee",
+            natural=call.q.dtype == torch.float32,
             wide=self.tiles * heads * call.q.shape[0] > NARROW,
             careful=careful, goes_on=part > 0, with_values=values, points=points is not None,
         )  # fmt: skip
@@ -248,11 +250,10 @@ def forward(call: Call, points: torch.Tensor | None = None) -> tuple[list[Launch
             every = build.tiles * q.shape[0]
             if careful:
                 every = min(every, max(1, PROGRAMS // q.shape[3]))
-                build.counts = build.counts._replace(shares=every)
             arguments = (
                 build.map(q), build.map(call.k), build.map(v), build.map(out if last else before),
                 build.lse(lse if last else before_lse), build.map(before), None if part == 0 else before_lse,
-                build.terms(v is not None), *build.common, _swapped(points, build),
+                build.terms(v is not None), *build.common, q.shape[0], every, _swapped(points, build),
                 flags[part] if build.config.leaks else None, build.config,
             )  # fmt: skip
             launches.append(build.launch("attention_forward_kernel", arguments, q.shape[3] * every))
@@ -308,7 +309,7 @@ def backward(
                 build = Builder(call, which, part, maps, v.shape[4], careful=careful)
                 if careful and not build.config.leaks:
                     continue
-                partials, layout = _partials(build, names, which, partials)
+                partials, shares_of_head, layout = _partials(build, names, which, partials)
                 if partials.data is not None and not careful:
                     shares.append((build, partials.data, layout))
                 wanted: dict[str, Any] = {f"grad_{_kernel_name(name, build)}": True for name in names}
@@ -321,9 +322,19 @@ def backward(
                     outputs = [build.map(x) for x in (to.get("k"), to.get("v"), sums.get("k"), sums.get("v"))]
                     outputs += [build.map(key_bias.get(part)), build.map(key_bias.get(part - 1)), build.map(None)]
                 flag = flags[2 * part + (which == "dq")] if config.leaks else None
-                arguments = (*inputs, *outputs, build.terms(), *build.common, partials, flag, config)
+                arguments = (
+                    *inputs,
+                    *outputs,
+                    build.terms(),
+                    *build.common,
+                    partials,
+                    q.shape[0],
+                    shares_of_head,
+                    flag,
+                    config,
+                )
                 heads = q.shape[3] if which == "dq" else k.shape[3]
-                launches.append(build.launch(f"attention_backward_{which}_kernel", arguments, partials.shares * heads))
+                launches.append(build.launch(f"attention_backward_{which}_kernel", arguments, shares_of_head * heads))
 
     def finish() -> dict[str, torch.Tensor]:
         done = dict(grads)
@@ -362,8 +373,8 @@ def _kernel_name(name: str, build: Builder) -> str:
 
 def _partials(
     build: Builder, names: Sequence[str], which: str, fast: Partials | None
-) -> tuple[Partials, dict[str, tuple[int, tuple[int, ...]]]]:
-    """Shares of the gradients of tables, zeros; where each table begins in one, and its shape there.
+) -> tuple[Partials, int, dict[str, tuple[int, tuple[int, ...]]]]:
+    """Shares of the gradients of tables, zeros; how many; where each table begins in one, and its shape.
 
     Args:
         build: of the launch.
@@ -372,7 +383,7 @@ def _partials(
         fast: those of the launch that a careful one follows, or None.
     """
     call, counts = build.call, build.counts
-    every = build.tiles * counts.batch
+    every = build.tiles * call.q.shape[0]
     layout: dict[str, tuple[int, tuple[int, ...]]] = {}
     begins: dict[str, int] = {}
     size = 0
@@ -389,12 +400,12 @@ def _partials(
     programs = counts.heads if which == "dq" else counts.heads // counts.group
     most = max(1, PROGRAMS // programs)
     if not layout:
-        return Partials(shares=min(every, most) if fast else every), {}
+        return Partials(), min(every, most) if fast else every, {}
     if fast:
-        return fast, layout
+        return fast, fast.data.shape[0], layout
     shares = min(every, most, max(1, SHARES_BYTES // (4 * size * counts.heads)))
     data = call.q.new_zeros((shares, counts.heads, size), dtype=torch.float32)
-    return Partials(data, shares, size, **begins), layout
+    return Partials(data, size, **begins), shares, layout
 
 
 def _delta(
@@ -402,14 +413,13 @@ def _delta(
 ) -> Launch:
     """The launch of `attention_delta_kernel`."""
     rows, width = 64, grad_out.shape[4]
-    tiles = -(-call.queries.height * call.queries.width // rows)
-    counts = Counts(
-        call.q.shape[0], call.q.shape[3], 1, tiles, call.queries.height * call.queries.width,
-        call.queries.width,
-    )  # fmt: skip
+    batch, heads, positions = call.q.shape[0], call.q.shape[3], call.queries.height * call.queries.width
+    tiles = -(-positions // rows)
+    counts = Counts(heads, 1, tiles, positions, call.queries.width)
     maps = [_plain(x) for x in (grad_out, out, grad_lse, delta)]
-    programs = tiles * call.q.shape[3] * call.q.shape[0]
-    return Launch("attention_delta_kernel", (*maps, counts, rows, width, programs > NARROW), programs, 4, 1)
+    programs = tiles * heads * batch
+    wide = max(programs, positions + rows) > NARROW
+    return Launch("attention_delta_kernel", (*maps, counts, batch, rows, width, wide), programs, 4, 1)
 
 
 def _plain(x: torch.Tensor) -> Map:
@@ -429,7 +439,7 @@ def rows(call: Call, points: torch.Tensor) -> tuple[list[Launch], torch.Tensor]:
         y, x = build.geometry.place(height, width)
         arguments = (
             build.map(q), build.map(k), build.lse(lse), Map(weights, batch, y, x, head, point), build.terms(False),
-            *build.common, _swapped(points, build), build.config,
+            *build.common, q.shape[0], _swapped(points, build), build.config,
         )  # fmt: skip
         programs = build.tiles * q.shape[3] * q.shape[0]
         launches.append(build.launch("attention_map_kernel", arguments, programs))
@@ -444,13 +454,13 @@ def received(call: Call) -> tuple[list[Launch], torch.Tensor]:
     nothing = Map(None, 0, 0, 0, 0, 0)
     for part in range(parts_of(call.pattern)):
         build = Builder(call, "dkdv", part, [q, k], 0, values=False)
-        partials = Partials(shares=build.tiles * q.shape[0])
+        shares = build.tiles * q.shape[0]
         arguments = (
             build.map(q), build.map(k), nothing, nothing, build.map(lse), nothing,
             nothing, nothing, nothing, nothing, nothing, nothing, build.map(sums),
-            build.terms(False), *build.common, partials, None, build.config,
+            build.terms(False), *build.common, Partials(), q.shape[0], shares, None, build.config,
         )  # fmt: skip
-        launches.append(build.launch("attention_backward_dkdv_kernel", arguments, partials.shares * k.shape[3]))
+        launches.append(build.launch("attention_backward_dkdv_kernel", arguments, shares * k.shape[3]))
     return launches, sums
 
 
@@ -467,9 +477,21 @@ def options(one: Launch) -> dict[str, Any]:
 
 def run(launches: Sequence[Launch], device: torch.device) -> None:
     """Run launches in order, on the current stream of the device."""
+    from triton.runtime.errors import OutOfResources
+
     from visattn_kernels.triton.kernels import KERNELS
 
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         for one in launches:
-            if one.programs:
-                KERNELS[one.kernel][fold(one.programs)](*one.args, **options(one))
+            try:
+                if one.programs:
+                    KERNELS[one.kernel][fold(one.programs)](*one.args, **options(one))
+            except OutOfResources as error:
+                config = one.args[-1]
+                raise expected(
+                    f"heads whose tiles fit this GPU in {one.kernel}",
+                    "D",
+                    f"{getattr(config, 'head_dim', 0)} and Dv={getattr(config, 'value_dim', 0)}",
+                    RuntimeError,
+                    f"{error}. Fewer channels, 16-bit tensors or no relative vectors take less.",
+                ) from error

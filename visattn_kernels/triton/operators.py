@@ -103,7 +103,7 @@ def rows(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> torch.Tensor:
     if at.dtype != torch.int64 or at.dim() != 2 or at.shape[1] != 2:
         raise expected("at to be an int64 Tensor[P, 2]", "at", f"{at.dtype}{list(at.shape)}", RuntimeError)
     height, width = call.queries
-    outside = ((at < 0) | (at >= at.new_tensor([height, width]))).any(1)
+    outside = (at < 0).any(1) | (at[:, 0] >= height) | (at[:, 1] >= width)
     if at.device.type == "cpu" and outside.any():
         rule = f"points (y, x) with 0 <= y < {height} and 0 <= x < {width}"
         raise expected(rule, "at", at.tolist(), RuntimeError)

@@ -78,15 +78,18 @@ class Factors(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Sizes that are no stride and no axis."""
+    """Sizes that are no stride and no axis, and do not depend on the batch.
 
-    batch: int
+    Triton compiles anew where a number of a tuple becomes 1 or a multiple of 16, or ceases to be. What depends on the
+    batch is therefore no part of a tuple: kernels take `batch` and `shares`, how many programs share the tiles of a
+    head, as numbers that are not specialised.
+    """
+
     heads: int
     group: int  # query heads of a key head
     tiles: int  # of one map and one head
     positions: int  # of the query grid
     width: int  # of the query grid
-    shares: int = 1  # of the tiles of a head in a careful forward
 
 
 class Partials(NamedTuple):
@@ -94,13 +97,11 @@ class Partials(NamedTuple):
 
     Attributes:
         data: None where no table's gradient is wanted.
-        shares: how many programs share the tiles of a head.
         size: numbers of a share of one head.
         bias, query_y, ...: where each table begins in it.
     """
 
     data: Any = None
-    shares: int = 1
     size: int = 0
     bias: int = 0
     query_y: int = 0
@@ -124,6 +125,7 @@ class Config(NamedTuple):
         leaks: NaN in what is masked could reach a result.
         careful: this launch computes heads anew that NaN reached; see `engine`.
         shared: a program has a share of the tiles of a head (backward), instead of one.
+        natural: scores are natural ones, not multiplied by log2(e); of float32.
         wide: programs and tiles need 64 bits to be counted.
         precision: of float32 products, "ieee" or "tf32".
         goes_on: this is not the first part.
@@ -151,6 +153,7 @@ class Config(NamedTuple):
     others: bool
     leaks: bool
     precision: str
+    natural: bool = False
     wide: bool = False
     careful: bool = False
     shared: bool = False

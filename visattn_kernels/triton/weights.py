@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from visattn_kernels.triton.engine import (
-    LOG2E,
+    exponential,
     indices,
     inside,
     key_range,
@@ -18,25 +18,27 @@ from visattn_kernels.triton.engine import (
     load_pieces,
     offsets,
     scores,
+    unit,
     visible,
 )
 from visattn_kernels.triton.forward import query_tile
 from visattn_kernels.triton.geometry import line, locate, program
 
 
-@triton.jit(do_not_specialize=["y", "x", "counts", "factors"])
-def attention_map_kernel(q, k, lse, weights, terms, y, x, factors, counts, points, C: tl.constexpr):
+@triton.jit(do_not_specialize=["batch"])
+def attention_map_kernel(q, k, lse, weights, terms, y, x, factors, counts, batch, points, C: tl.constexpr):
     """The weights of one query.
 
     Args:
         q, k, lse: `structs.Map`; the y of `lse` counts points.
         weights: `structs.Map` whose y and x are those of keys and whose channel is the point.
         terms, y, x, factors, counts: `structs.Terms`, `Axis`, `Axis`, `Factors`, `Counts`.
+        batch: number of maps.
         points: int64 [points, 2], (y, x) positions.
         C: `structs.Config`.
     """
     t, head, b = locate(program(C.wide), counts.tiles, counts.heads)
-    if b >= counts.batch:
+    if b >= batch:
         return
     c_y, i_y0, end_y, c_x, i_x0, end_x = query_tile(t, y, x, points, C)
     i_y, i_x = indices(i_y0, i_x0, C.qy, C.qx)
@@ -47,8 +49,8 @@ def attention_map_kernel(q, k, lse, weights, terms, y, x, factors, counts, point
     low_x, high_x = key_range(x, i_x0, end_x, line_x[2], C.kind_x, C.causal_x, C)
     at = b * q.batch + head * q.head + offsets(q, line_qy, line_qx, i_y, i_x)
     rows = load_pieces(q.data, at, queries, q.channel, C.head_dim)
-    total = tl.load(lse.data + b * lse.batch + head * lse.head + t * lse.y)
-    total = tl.where(total == float("-inf"), 0.0, total) * LOG2E
+    total = tl.load(lse.data + b * lse.batch + head * lse.head + t.to(tl.int64) * lse.y)
+    total = tl.where(total == float("-inf"), 0.0, total) * unit(C.natural)
     for j_x0 in range(low_x, high_x, C.kx):
         for j_y0 in range(low_y, high_y, C.ky):
             j_y, j_x = indices(j_y0, j_x0, C.ky, C.kx)
@@ -58,17 +60,16 @@ def attention_map_kernel(q, k, lse, weights, terms, y, x, factors, counts, point
             if terms.key_bias is not None:
                 key_bias = load_key_bias(terms, b, head, line_y, line_x, j_y, j_x, there)
                 exist = exist & (key_bias != float("-inf"))
-            at = b * k.batch + (head // counts.group) * k.head + offsets(k, line_y, line_x, j_y, j_x)
-            keys = load_pieces(k.data, at, there & exist, k.channel, C.head_dim)
+            at_keys = b * k.batch + (head // counts.group) * k.head + offsets(k, line_y, line_x, j_y, j_x)
+            keys = load_pieces(k.data, at_keys, there & exist, k.channel, C.head_dim)
             seen = visible(y, x, i_y, i_x, j_y, j_x, line_y[2], line_x[2], queries, exist, C)
             s = scores(
                 rows, keys, key_bias, 0.0, terms, factors, counts, head, y, x, i_y, i_x, j_y, j_x,
                 i_y0, i_x0, j_y0, j_x0, seen, False, C,
             )  # fmt: skip
-            p = tl.where(seen & (s != float("-inf")), tl.exp2(s - total), 0.0)
-            at = b * weights.batch + head * weights.head + t * weights.channel
-            at += offsets(weights, line_y, line_x, j_y, j_x)
+            p = tl.where(seen & (s != float("-inf")), exponential(s - total, C), 0.0)
+            row = b * weights.batch + head * weights.head + t.to(tl.int64) * weights.channel
+            row += offsets(weights, line_y, line_x, j_y, j_x)
             first = (tl.arange(0, C.m) == 0)[:, None]
-            tl.store(
-                weights.data + (at[None, :] + tl.full([C.m, 1], 0, tl.int64)), p, mask=seen & there[None, :] & first
-            )
+            to = row[None, :] + tl.full([C.m, 1], 0, tl.int64)
+            tl.store(weights.data + to, p, mask=seen & there[None, :] & first)
