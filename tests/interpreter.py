@@ -3,9 +3,9 @@
 Before each call of a device function it patches the whole language anew, each 32-bit sum it computes in 64 bits too, to
 look for an overflow, and for each tensor it makes its type and its shape anew. Together that is most of its time.
 
-And its products are numpy's, whose rounding depends on the shapes of the operands, so that two passes over one pair find
-different scores in tiles of different shapes. A GPU sums each number of a product in one order, whatever the tile. Here
-products are summed in float64 and rounded once, and 16-bit operands are as exact as on a GPU.
+And its products are numpy's, whose rounding depends on the shapes of the operands, so that two passes over one pair
+find different scores in tiles of different shapes. A GPU sums each number of a product in one order, whatever the tile.
+Here products are summed in float64 and rounded once.
 """
 
 from __future__ import annotations

@@ -160,6 +160,17 @@ def test_nan_and_inf_reach_what_they_reach_in_the_reference(pattern, value: floa
         check(name, x, r, low, torch.float32)
 
 
+@pytest.mark.parametrize("pattern", [va.Global(), va.Window(3), va.Neighborhood(3), va.CrissCross()], ids=short)
+def test_a_query_of_nan_is_not_one_with_no_key(pattern) -> None:
+    """The maximum drops NaN, so that such a query has none either; `merge` would drop its part without a word."""
+    q, k, v = (torch.randn(1, 5, 6, 1, 4) for _ in range(3))
+    q[0, 1, 2] = torch.nan
+    out, lse = va.attention(q, k, v, pattern, backend="triton", return_lse=True)
+    assert lse.isnan().nonzero().tolist() == [[0, 1, 2, 0]]
+    assert out.isnan().nonzero().tolist() == [[0, 1, 2, 0, i] for i in range(4)]
+    assert not lse.isinf().any()
+
+
 @pytest.mark.parametrize("pattern", [va.Global(), va.Window(3), va.CrissCross()], ids=short)
 def test_queries_with_no_key(pattern) -> None:
     case = Case(batch=2, queries=(5, 7), keys=(5, 7), pattern=pattern, terms=(TermCase("KeyBias"), *EVERYTHING[:-1]))

@@ -71,6 +71,27 @@ def test_reading_the_map_compiles(name: str, tmp_path: Path) -> None:
         assert not compiled.faults(row), f"{row['kernel']}: {'; '.join(compiled.faults(row))}"
 
 
+WIDE = """
+import torch
+from benchmarks import compiled
+from benchmarks.workloads import find
+from visattn_kernels.triton import launch
+launch.NARROW = 0
+for name in ("swin-b-s1", "ccnet-97"):
+    call = compiled.call_of(find(name), torch.bfloat16, 90)
+    for one in (*compiled.launches_of(call), *compiled.reading_launches_of(call)):
+        if not getattr(one.args[-1], "careful", False):
+            assert not compiled.narrow_offsets(compiled.compile_launch(one, 90).asm["ttir"]), one.kernel
+"""
+
+
+def test_counting_in_64_bits_compiles() -> None:
+    """More programs than 32 bits count: no GPU has the memory to need it soon, and it shall compile all the same."""
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", WIDE], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_the_limits_can_be_broken() -> None:
     row = {"capability": 120, "shared": 0, "stack": 0, "careful": False, "narrow_offsets": []}
     assert compiled.faults(row) == []

@@ -48,8 +48,8 @@ from visattn_kernels.triton.geometry import block_of, class_of, line, locate, pr
 def query_tile(tile, y, x, points, C: tl.constexpr):
     """The classes of a tile of queries, its first indices and their ends, along y and x."""
     if C.points:
-        c_y, i_y = class_of(y, tl.load(points + 2 * tile).to(tl.int32), C.kind_y)
-        c_x, i_x = class_of(x, tl.load(points + 2 * tile + 1).to(tl.int32), C.kind_x)
+        c_y, i_y = class_of(y, tl.load(points + 2 * tile.to(tl.int64)).to(tl.int32), C.kind_y)
+        c_x, i_x = class_of(x, tl.load(points + (2 * tile.to(tl.int64) + 1)).to(tl.int32), C.kind_x)
         end_y, end_x = i_y + 1, i_x + 1
     else:
         c_y, b_y, c_x, b_x = block_of(tile, y, x, C.wide)
