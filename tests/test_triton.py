@@ -197,7 +197,7 @@ def test_channels_come_in_pieces() -> None:
     for width, sizes in found.items():
         assert all(size & (size - 1) == 0 and size >= 16 for size in sizes)
         assert all(size == sizes[0] for size in sizes[:-1])  # engine.piece_start rests on it
-        assert width <= sum(sizes) < 2 * max(width, 8)
+        assert width <= sum(sizes) < max(17, 2 * width)
 
 
 def test_more_programs_than_one_dimension_of_a_grid_holds() -> None:
@@ -282,8 +282,8 @@ def test_saved_numbers_of_the_backward_are_checked() -> None:
         (6 + len(TERM_TENSORS), lse.double(), "lse of dtype"),
         (-1, 8, "a tensor relative_bias"),
         (-1, -1, "needs from 0"),
-        (-2, [7, 0], "integers of a pattern"),
-        (-2, va.Window(3).encode()[:9], "integers of a pattern"),
+        (-2, [7, 0], "pattern to be the integers"),
+        (-2, va.Window(3).encode()[:9], "pattern to be the integers"),
     ):
         bad = [*good]
         bad[i] = wrong

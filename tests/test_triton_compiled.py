@@ -96,8 +96,8 @@ def test_the_limits_can_be_broken() -> None:
     row = {"capability": 120, "shared": 0, "stack": 0, "careful": False, "narrow_offsets": []}
     assert compiled.faults(row) == []
     assert compiled.faults({**row, "shared": 99 * 1024 + 1}) == ["101377 bytes of shared memory, of 101376"]
-    assert compiled.faults({**row, "stack": 65}) == ["65 bytes spilled, of 64"]
-    assert compiled.faults({**row, "stack": 65, "careful": True}) == []
+    assert compiled.faults({**row, "stack": 129}) == ["129 bytes spilled, of 128"]
+    assert compiled.faults({**row, "stack": 129, "careful": True}) == []
     narrow = "    %3 = tt.addptr %1, %2 : tensor<64x!tt.ptr<bf16>>, tensor<64xi32> loc(#loc3)"
     wide = "    %3 = tt.addptr %1, %2 : tensor<64x16x!tt.ptr<bf16>>, tensor<64x16xi64> loc(#loc3)"
     assert compiled.narrow_offsets(f"{wide}\n{narrow}\n%4 = tt.addptr %0, %x : !tt.ptr<i32>, i64") == [narrow.strip()]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -36,30 +35,33 @@ def unavailable() -> list[str]:
     """Why the kernels cannot run on this machine."""
     reasons = missing()
     if not interpret:
-        reasons = reasons + _no_gpu()
+        reasons = reasons + [reason for reason in (_no_gpu(),) if reason]
     elif os.environ.get("TRITON_INTERPRET") != "1":
         reasons = [*reasons, "TRITON_INTERPRET=1 is not set"]
     return reasons
 
 
-@cache
+_MISSING = [] if find_spec("triton") is not None else ["Triton is not installed (pip install triton)"]
+
+
 def missing() -> list[str]:
     """Why there is no Triton."""
-    return [] if find_spec("triton") is not None else ["Triton is not installed (pip install triton)"]
+    return _MISSING
 
 
-def _no_gpu() -> list[str]:
-    """Why torch has no GPU for them."""
+@torch.compiler.assume_constant_result  # type: ignore[misc]
+def _no_gpu() -> str:
+    """Why torch has no GPU for them, or nothing."""
     if torch.version.hip is not None:
-        return ["this torch is built for ROCm, and the kernels are tuned for NVIDIA GPUs"]
-    return [] if torch.cuda.is_available() else ["torch sees no NVIDIA GPU"]
+        return "this torch is built for ROCm, and the kernels are tuned for NVIDIA GPUs"
+    return "" if torch.cuda.is_available() else "torch sees no NVIDIA GPU"
 
 
-@cache
-def _too_old(device: int) -> list[str]:
-    """Why a GPU cannot; asked of tensors on a GPU alone, since the question starts CUDA."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return [] if major >= 8 else [f"the GPU has compute capability {major}.{minor}, not 8.0 or more"]
+@torch.compiler.assume_constant_result  # type: ignore[misc]
+def _too_old() -> str:
+    """Why the current GPU cannot, or nothing; asked of tensors on a GPU alone, since the question starts CUDA."""
+    major, minor = torch.cuda.get_device_capability()
+    return "" if major >= 8 else f"the GPU has compute capability {major}.{minor}, not 8.0 or more"
 
 
 def unsupported(problem: Problem) -> list[str]:
@@ -69,7 +71,7 @@ def unsupported(problem: Problem) -> list[str]:
     if problem.device != device:
         reasons.append(f"the tensors are on {problem.device}, not on {'the CPU' if interpret else 'a GPU'}")
     elif device == "cuda" and not _no_gpu():
-        reasons += _too_old(torch.cuda.current_device())
+        reasons += [reason for reason in (_too_old(),) if reason]
     if problem.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         reasons.append(f"the dtype is {str(problem.dtype).removeprefix('torch.')}, not one of {names}")

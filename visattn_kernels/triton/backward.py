@@ -355,8 +355,8 @@ def _key_tile(
                     rows, keys, key_bias, 0.0, terms, factors, counts, head, y, x, i_y, i_x, j_y, j_x,
                     i_y0, i_x0, j_y0, j_x0, seen, False, C,
                 )  # fmt: skip
-                p = _weights(s, lse_rows, seen, C)
                 if C.with_values:
+                    p = _weights(s, lse_rows, seen, C)
                     delta_rows = _load_numbers(delta, line_qy, line_qx, i_y, i_x, b, head, queries, 0.0)
                     grads = _load_rows(grad_out, line_qy, line_qx, i_y, i_x, b, head, queries, C.value_dim)
                     if C.grad_v:
@@ -392,8 +392,11 @@ def _key_tile(
                                     share + head * partials.size + to, along, keys, tl.trans(seen_t), first, axis,
                                     C.head_dim, A, CAREFUL, C,
                                 )  # fmt: skip
-                else:
-                    sums += tl.sum(p, 0)
+                else:  # lse is m of the forward, delta is l
+                    m = tl.where(lse_rows == float("-inf"), 0.0, lse_rows)
+                    inverse = 1.0 / _load_numbers(delta, line_qy, line_qx, i_y, i_x, b, head, queries, 1.0)
+                    p = exponential(s - m[:, None], C) * inverse[:, None]
+                    sums += tl.sum(tl.where(seen & (s != float("-inf")), p, 0.0), 0)
         if C.grad_key_bias:
             at = b * grad_key_bias.batch + head * grad_key_bias.head + offsets(grad_key_bias, line_y, line_x, j_y, j_x)
             tl.store(grad_key_bias.data + at, sums_bias, mask=there)

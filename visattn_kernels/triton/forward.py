@@ -162,24 +162,29 @@ def _tile(
     m = tl.full([C.m], float("-inf"), tl.float32)
     total = tl.full([C.m], 0, tl.float32)
     if C.goes_on:
-        m = tl.load(before_lse + at_lse, mask=queries, other=float("-inf")) * unit(C.natural)
-        total = tl.where(m == float("-inf"), 0.0, 1.0)
+        m = tl.load(before_lse + at_lse, mask=queries, other=float("-inf"))
         if C.with_values:
+            m = m * unit(C.natural)
+            total = tl.where(m == float("-inf"), 0.0, 1.0)
             at = b * before.batch + head * before.head + offsets(before, line_y, line_x, i_y, i_x)
             acc = load_pieces(before.data, at, queries, before.channel, C.value_dim)
+        else:
+            total = tl.load(before.data + at_lse, mask=queries, other=0.0)
     acc, m, total = _walk(rows, k, v, terms, y, x, factors, counts, b, head, tile, acc, m, total, CAREFUL, C)
-    none = total == 0  # of NaN it is NaN, whatever the maximum has dropped
-    safe = tl.where(none, 1.0, total)
-    sums = m + tl.log(safe) if C.natural else (m + tl.log2(safe)) * LN2
-    sums = tl.where(m == float("inf"), float("inf"), sums)
-    tl.store(lse.data + at_lse, tl.where(none, float("-inf"), sums), mask=queries)
     bad = 0
     if C.with_values:
+        none = total == 0  # of NaN it is NaN, whatever the maximum has dropped
+        safe = tl.where(none, 1.0, total)
+        sums = m + tl.log(safe) if C.natural else (m + tl.log2(safe)) * LN2
+        sums = tl.where(m == float("inf"), float("inf"), sums)
+        tl.store(lse.data + at_lse, tl.where(none, float("-inf"), sums), mask=queries)
         at = b * out.batch + head * out.head + offsets(out, line_y, line_x, i_y, i_x)
-        inverse = 1.0 / tl.where(none, 1.0, total)
-        store_pieces(out.data, at, queries, out.channel, C.value_dim, scale_pieces(acc, inverse))
+        store_pieces(out.data, at, queries, out.channel, C.value_dim, scale_pieces(acc, 1.0 / safe))
         if C.leaks and not CAREFUL:
             bad = any_not_finite(acc)
+    else:
+        tl.store(lse.data + at_lse, m, mask=queries)
+        tl.store(out.data + at_lse, tl.where(m == float("inf"), 1.0, total), mask=queries)
     return bad
 
 
@@ -190,7 +195,8 @@ def attention_forward_kernel(
     """Out and lse of one tile; see the top of this file.
 
     Args:
-        q, k, v, out, lse, before: `structs.Map`; `before` is the out of the part before, float32.
+        q, k, v, out, lse, before: `structs.Map`; `before` is the out of the part before, float32. Without values `lse`
+            is for m, in the kernels' units, and `out`, which lies as lse does, for l.
         before_lse: that part's lse, shaped like lse.
         terms, y, x, factors, counts: `structs.Terms`, `Axis`, `Axis`, `Factors`, `Counts`.
         batch, shares: numbers of maps, and of programs that share the tiles of a head if C.careful.

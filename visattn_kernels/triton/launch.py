@@ -225,18 +225,18 @@ SHARES_BYTES = 2**26
 """Of the shares of the gradients of tables, at most, unless one share is more."""
 
 
-def forward(call: Call, points: torch.Tensor | None = None) -> tuple[list[Launch], torch.Tensor | None, torch.Tensor]:
-    """The launches of a forward; out (None without values) and lse, which they will fill.
+def forward(call: Call, points: torch.Tensor | None = None) -> tuple[list[Launch], torch.Tensor, torch.Tensor]:
+    """The launches of a forward; out and lse, which they will fill.
 
     Args:
-        call: with v None only lse is computed.
-        points: int64 [P, 2]; lse of these queries alone, [B, P, heads].
+        call: with v None, in the place of out and lse l and m of the softmax (see the kernel), both shaped like lse.
+        points: int64 [P, 2]; l and m of these queries alone, [B, P, 1, heads].
     """
     q, v = call.q, call.v
     shape = (*q.shape[:4],) if points is None else (q.shape[0], points.shape[0], 1, q.shape[3])
     lse = q.new_empty(shape, dtype=torch.float32)
-    out = None if v is None else q.new_empty((*q.shape[:4], v.shape[4]))
-    before = None if out is None or not call.sums else torch.empty_like(out, dtype=torch.float32)
+    out = torch.empty_like(lse) if v is None else q.new_empty((*q.shape[:4], v.shape[4]))
+    before = torch.empty_like(out, dtype=torch.float32) if call.sums else None
     before_lse = torch.empty_like(lse) if call.sums else None
     flags = q.new_zeros((parts_of(call.pattern), q.shape[3]), dtype=torch.int32)
     maps = [x for x in (q, call.k, v) if x is not None]
@@ -250,9 +250,10 @@ def forward(call: Call, points: torch.Tensor | None = None) -> tuple[list[Launch
             every = build.tiles * q.shape[0]
             if careful:
                 every = min(every, max(1, PROGRAMS // q.shape[3]))
+            place = build.lse if v is None else build.map
             arguments = (
-                build.map(q), build.map(call.k), build.map(v), build.map(out if last else before),
-                build.lse(lse if last else before_lse), build.map(before), None if part == 0 else before_lse,
+                build.map(q), build.map(call.k), build.map(v), place(out if last else before),
+                build.lse(lse if last else before_lse), place(before), None if part == 0 else before_lse,
                 build.terms(v is not None), *build.common, q.shape[0], every, _swapped(points, build),
                 flags[part] if build.config.leaks else None, build.config,
             )  # fmt: skip
@@ -431,15 +432,15 @@ def _plain(x: torch.Tensor) -> Map:
 def rows(call: Call, points: torch.Tensor) -> tuple[list[Launch], torch.Tensor]:
     """The launches of `attention_map`, and its result [B, P, heads, Hk, Wk], which they will fill."""
     q, k = call.q, call.k
-    launches, _, lse = forward(replace(call, v=None), points)
+    launches, total, maximum = forward(replace(call, v=None), points)
     weights = q.new_zeros((q.shape[0], points.shape[0], q.shape[3], *call.keys), dtype=torch.float32)
     batch, point, head, height, width = weights.stride()
     for part in range(parts_of(call.pattern)):
         build = Builder(call, "forward", part, [q, k], 0, points, values=False)
         y, x = build.geometry.place(height, width)
         arguments = (
-            build.map(q), build.map(k), build.lse(lse), Map(weights, batch, y, x, head, point), build.terms(False),
-            *build.common, q.shape[0], _swapped(points, build), build.config,
+            build.map(q), build.map(k), build.lse(maximum), total, Map(weights, batch, y, x, head, point),
+            build.terms(False), *build.common, q.shape[0], _swapped(points, build), build.config,
         )  # fmt: skip
         programs = build.tiles * q.shape[3] * q.shape[0]
         launches.append(build.launch("attention_map_kernel", arguments, programs))
@@ -449,14 +450,14 @@ def rows(call: Call, points: torch.Tensor) -> tuple[list[Launch], torch.Tensor]:
 def received(call: Call) -> tuple[list[Launch], torch.Tensor]:
     """The launches of `attention_received`, and its result [B, Hk, Wk, kv_heads], which they will fill."""
     q, k = call.q, call.k
-    launches, _, lse = forward(replace(call, v=None))
+    launches, total, maximum = forward(replace(call, v=None))
     sums = q.new_empty(k.shape[:4], dtype=torch.float32)
     nothing = Map(None, 0, 0, 0, 0, 0)
     for part in range(parts_of(call.pattern)):
         build = Builder(call, "dkdv", part, [q, k], 0, values=False)
         shares = build.tiles * q.shape[0]
         arguments = (
-            build.map(q), build.map(k), nothing, nothing, build.map(lse), nothing,
+            build.map(q), build.map(k), nothing, nothing, build.map(maximum), build.map(total),
             nothing, nothing, nothing, nothing, nothing, nothing, build.map(sums),
             build.terms(False), *build.common, Partials(), q.shape[0], shares, None, build.config,
         )  # fmt: skip

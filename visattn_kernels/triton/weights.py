@@ -1,7 +1,7 @@
-"""Rows of the map: the weights of single queries, from the scores of the forward's tiles and their lse.
+"""Rows of the map: the weights of single queries, from the scores of the forward's tiles and their m and l.
 
 A program has one query of one head of one map and walks its keys once; `attention_forward_kernel` with `C.points` has
-computed lse before. What lies outside the pattern is 0 beforehand.
+computed m and l before. What lies outside the pattern is 0 beforehand.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from visattn_kernels.triton.engine import (
     load_pieces,
     offsets,
     scores,
-    unit,
     visible,
 )
 from visattn_kernels.triton.forward import query_tile
@@ -26,11 +25,12 @@ from visattn_kernels.triton.geometry import line, locate, program
 
 
 @triton.jit(do_not_specialize=["batch"])
-def attention_map_kernel(q, k, lse, weights, terms, y, x, factors, counts, batch, points, C: tl.constexpr):
+def attention_map_kernel(q, k, maximum, total, weights, terms, y, x, factors, counts, batch, points, C: tl.constexpr):
     """The weights of one query.
 
     Args:
-        q, k, lse: `structs.Map`; the y of `lse` counts points.
+        q, k, maximum: `structs.Map`; the y of `maximum`, m of the forward, counts points.
+        total: l of the forward, shaped like m.
         weights: `structs.Map` whose y and x are those of keys and whose channel is the point.
         terms, y, x, factors, counts: `structs.Terms`, `Axis`, `Axis`, `Factors`, `Counts`.
         batch: number of maps.
@@ -49,8 +49,10 @@ def attention_map_kernel(q, k, lse, weights, terms, y, x, factors, counts, batch
     low_x, high_x = key_range(x, i_x0, end_x, line_x[2], C.kind_x, C.causal_x, C)
     at = b * q.batch + head * q.head + offsets(q, line_qy, line_qx, i_y, i_x)
     rows = load_pieces(q.data, at, queries, q.channel, C.head_dim)
-    total = tl.load(lse.data + b * lse.batch + head * lse.head + t.to(tl.int64) * lse.y)
-    total = tl.where(total == float("-inf"), 0.0, total) * unit(C.natural)
+    at_query = b * maximum.batch + head * maximum.head + t.to(tl.int64) * maximum.y
+    m = tl.load(maximum.data + at_query)
+    m = tl.where(m == float("-inf"), 0.0, m)  # of a query with no key
+    inverse = 1.0 / tl.load(total + at_query)
     for j_x0 in range(low_x, high_x, C.kx):
         for j_y0 in range(low_y, high_y, C.ky):
             j_y, j_x = indices(j_y0, j_x0, C.ky, C.kx)
@@ -67,7 +69,7 @@ def attention_map_kernel(q, k, lse, weights, terms, y, x, factors, counts, batch
                 rows, keys, key_bias, 0.0, terms, factors, counts, head, y, x, i_y, i_x, j_y, j_x,
                 i_y0, i_x0, j_y0, j_x0, seen, False, C,
             )  # fmt: skip
-            p = tl.where(seen & (s != float("-inf")), exponential(s - total, C), 0.0)
+            p = tl.where(seen & (s != float("-inf")), exponential(s - m, C) * inverse, 0.0)
             row = b * weights.batch + head * weights.head + t.to(tl.int64) * weights.channel
             row += offsets(weights, line_y, line_x, j_y, j_x)
             first = (tl.arange(0, C.m) == 0)[:, None]
