@@ -206,12 +206,12 @@ def attention_forward_kernel(
     """
     i = program(C.wide)
     if C.careful:
-        head = i % counts.heads
+        head = (i % counts.heads).to(tl.int64)
         if tl.load(flags + head) != 0:
             for t in range(i // counts.heads, product(counts.tiles, batch, C.wide), shares):
                 b = (t // counts.tiles).to(tl.int64)
                 _tile(
-                    t % counts.tiles, head.to(tl.int64), b, q, k, v, out, lse, before, before_lse, terms, y, x,
+                    t % counts.tiles, head, b, q, k, v, out, lse, before, before_lse, terms, y, x,
                     factors, counts, points, True, C,
                 )  # fmt: skip
     else:
