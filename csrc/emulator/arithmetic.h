@@ -97,8 +97,8 @@ struct LoadMatrix {
   }
 };
 
-// A row of 8 numbers, which the compiler computes with at once.
-typedef float Row __attribute__((vector_size(8 * sizeof(float))));
+// Four numbers of a row, which a baseline CPU computes with at once.
+typedef float Quad __attribute__((vector_size(4 * sizeof(float))));
 
 // D += A B; A is 16 x K, B is K x 8. With i = lane / 4 and j = lane % 4, a lane holds of
 //
@@ -117,7 +117,7 @@ struct Product {
   template <int K, float (*to_float)(uint16_t)>
   static void run16(Lanes<Product> lanes) {
     float a[16][K];
-    Row b[K];
+    Quad b[K][2];
     for (int lane = 0; lane < kLanes; ++lane) {
       const Product& of = lanes[lane];
       const int i = lane / 4, j = lane % 4 * 2;
@@ -126,7 +126,7 @@ struct Product {
           const int shift = 16 * half;
           a[i][k + j + half] = to_float(uint16_t(of.a[k / 4] >> shift));
           a[i + 8][k + j + half] = to_float(uint16_t(of.a[k / 4 + 1] >> shift));
-          b[k + j + half][i] = to_float(uint16_t(of.b[k / 8] >> shift));
+          b[k + j + half][i / 4][i % 4] = to_float(uint16_t(of.b[k / 8] >> shift));
         }
     }
     multiply<K>(lanes, a, b);
@@ -135,7 +135,7 @@ struct Product {
   // The hardware does not look at the 13 bits that TF32 lacks.
   static void run_tf32(Lanes<Product> lanes) {
     float a[16][8];
-    Row b[8];
+    Quad b[8][2];
     const auto to_float = [](uint32_t bits) { return as_float(bits & ~0x1fffu); };
     for (int lane = 0; lane < kLanes; ++lane) {
       const Product& of = lanes[lane];
@@ -143,7 +143,7 @@ struct Product {
       for (int half = 0; half < 2; ++half) {
         a[i][j + 4 * half] = to_float(of.a[2 * half]);
         a[i + 8][j + 4 * half] = to_float(of.a[2 * half + 1]);
-        b[j + 4 * half][i] = to_float(of.b[half]);
+        b[j + 4 * half][i / 4][i % 4] = to_float(of.b[half]);
       }
     }
     multiply<8>(lanes, a, b);
@@ -151,19 +151,20 @@ struct Product {
 
  private:
   template <int K>
-  static void multiply(Lanes<Product> lanes, const float (&a)[16][K], const Row (&b)[K]) {
+  static void multiply(Lanes<Product> lanes, const float (&a)[16][K], const Quad (&b)[K][2]) {
     for (int row = 0; row < 16; ++row) {
-      const int first = row % 8 * 4, d = row / 8 * 2;
-      Row sum;
-      for (int j = 0; j < 4; ++j) {
-        sum[2 * j] = lanes[first + j].d[d];
-        sum[2 * j + 1] = lanes[first + j].d[d + 1];
+      float* d[4];
+      for (int j = 0; j < 4; ++j) d[j] = lanes[row % 8 * 4 + j].d + row / 8 * 2;
+      Quad left{d[0][0], d[0][1], d[1][0], d[1][1]}, right{d[2][0], d[2][1], d[3][0], d[3][1]};
+      for (int k = 0; k < K; ++k) {
+        left += a[row][k] * b[k][0];
+        right += a[row][k] * b[k][1];
       }
-      for (int k = 0; k < K; ++k) sum += a[row][k] * b[k];
-      for (int j = 0; j < 4; ++j) {
-        lanes[first + j].d[d] = sum[2 * j];
-        lanes[first + j].d[d + 1] = sum[2 * j + 1];
-      }
+      for (int j = 0; j < 2; ++j)
+        for (int half = 0; half < 2; ++half) {
+          d[j][half] = left[2 * j + half];
+          d[j + 2][half] = right[2 * j + half];
+        }
     }
   }
 };
