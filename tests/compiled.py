@@ -24,14 +24,31 @@ def geometry(csrc: Path = ROOT / "csrc") -> ModuleType:
     return compiled("geometry", binding, [binding, csrc / "pattern.h", csrc / "terms.h"])
 
 
+def emulated(*flags: str) -> ModuleType:
+    """The module `emulated`: the CUDA kernels' primitives on the CPU."""
+    return loaded(build_emulated(*flags))
+
+
+def build_emulated(*flags: str) -> Path:
+    """The file of `emulated`; a sanitized one is built in another process than it is loaded in."""
+    csrc = ROOT / "csrc"
+    inputs = [*sorted((csrc / "emulator").glob("*.*")), csrc / "cuda" / "prims.h"]
+    return built("emulated", csrc / "emulator" / "module.cpp", inputs, "-O2", *flags)
+
+
 def compiled(name: str, source: Path, inputs: list[Path]) -> ModuleType:
     """A pybind11 module, from `build/tests` if it has been built from the same inputs before."""
+    return loaded(built(name, source, inputs))
+
+
+def built(name: str, source: Path, inputs: list[Path], *flags: str) -> Path:
+    """See `compiled`."""
     pybind11 = pytest.importorskip("pybind11")
     compiler = os.environ.get("CXX", "c++")
     if not shutil.which(compiler):
         pytest.skip(f"there is no C++ compiler {compiler}")
     includes = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
-    command = [compiler, *FLAGS, *includes]
+    command = [compiler, *FLAGS, *flags, *includes]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     key = hashlib.sha256("\0".join([pybind11.__version__, suffix, *command]).encode())
     for path in inputs:
@@ -46,8 +63,14 @@ def compiled(name: str, source: Path, inputs: list[Path]) -> ModuleType:
             done = subprocess.run([*command, str(source), "-o", str(part)], capture_output=True, text=True)
             assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-6000:]}"
             part.replace(target)  # whole or not at all
+    return target
+
+
+def loaded(target: Path) -> ModuleType:
+    """The module in a file that `built` has made."""
     # Under a name of its own: pybind11 would return the other one of two modules of the same name.
-    spec = importlib.util.spec_from_file_location(f"{folder.name}.{name}", target)
+    name = target.name.split(".")[0]
+    spec = importlib.util.spec_from_file_location(f"{target.parent.name}.{name}", target)
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
