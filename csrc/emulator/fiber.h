@@ -78,9 +78,6 @@ class Fiber {
     mprotect(memory_, page, PROT_NONE);  // running over the end is a fault, not somebody else's data
     bottom_ = memory_ + page;
     size_ = kStack;
-#if defined(VISATTN_ASAN)
-    __asan_unpoison_memory_region(bottom_, size_);  // the pages may have been a stack before
-#endif
     char* const top = memory_ + mapped_ - colour % 32 * 128;
 #if defined(VISATTN_UCONTEXT)
     getcontext(&context_);
@@ -98,7 +95,11 @@ class Fiber {
   }
 
   ~Fiber() {
-    if (memory_) munmap(memory_, mapped_);
+    if (!memory_) return;
+#if defined(VISATTN_ASAN)
+    __asan_unpoison_memory_region(bottom_, size_);  // of frames that nobody has left; the pages may serve others next
+#endif
+    munmap(memory_, mapped_);
   }
 
   Fiber(const Fiber&) = delete;
