@@ -18,14 +18,18 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import compiled
 import pytest
 from building import ROOT, run
 
-np = pytest.importorskip("numpy")
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = pytest.importorskip("numpy")
 
-SANITIZE = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
+SANITIZE = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 SANITIZED = os.environ.get("VISATTN_SANITIZE") == "1"
 SCHEDULES = ("forward", "reverse", "random", "warp-greedy forward", "warp-greedy reverse", "warp-greedy random")
 GREEDY = [name for name in SCHEDULES if "greedy" in name]

@@ -390,9 +390,10 @@ inline void run_block() {
   }
   m.exited = m.arrived = 0;
   m.predicate = false;
-  const int last = int(m.warps.size()) - 1;
-  m.warp = m.schedule.order == Order::kForward ? 0 : m.schedule.order == Order::kReverse ? last : int(draw()) & 31;
-  m.warp = std::min(m.warp, last);
+  const int warps = int(m.warps.size());
+  m.warp = 0;
+  if (m.schedule.order == Order::kReverse) m.warp = warps - 1;
+  if (m.schedule.order == Order::kRandom) m.warp = int(draw() % uint32_t(warps));
   m.turn = 0xffffffff;
   m.shared->fill();
   m.current = next_thread();
