@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import compiled
 import pytest
@@ -26,6 +26,9 @@ from building import ROOT, run
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
 else:
     np = pytest.importorskip("numpy")
 
@@ -62,12 +65,12 @@ def scheduled(request: pytest.FixtureRequest, emulated: ModuleType) -> ModuleTyp
     return emulated
 
 
-def bits(x: object) -> np.ndarray:
+def bits(x: object) -> Array:
     """Floats as words."""
     return np.asarray(x, np.float32).view(np.uint32)
 
 
-def floats(words: np.ndarray) -> np.ndarray:
+def floats(words: Array) -> Array:
     return np.ascontiguousarray(words).view(np.float32)
 
 
@@ -130,7 +133,7 @@ def word(x: float, kind: str) -> int:
     return int(single)
 
 
-def fragment(matrix: np.ndarray, layout: Layout, registers: int, kind: str) -> np.ndarray:
+def fragment(matrix: Array, layout: Layout, registers: int, kind: str) -> Array:
     """A matrix in the registers of 32 lanes, [32, registers]."""
     elements = registers * (2 if kind in ("f16", "bf16") else 1)
     words = np.zeros((32, registers), np.uint32)
@@ -144,7 +147,7 @@ def fragment(matrix: np.ndarray, layout: Layout, registers: int, kind: str) -> n
     return words
 
 
-def matrix_of(words: np.ndarray) -> np.ndarray:
+def matrix_of(words: Array) -> Array:
     """The accumulators of 32 lanes as a matrix."""
     d = np.full((16, 8), np.nan, np.float32)
     for lane in LANES:
@@ -163,7 +166,7 @@ SHAPES: dict[str, tuple[int, Layout, int, Layout, int, str]] = {
 }
 
 
-def multiply(emulated: ModuleType, name: str, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+def multiply(emulated: ModuleType, name: str, a: Array, b: Array, c: Array) -> Array:
     """D = A B + C by one mma; registers that the shape has not hold NaN, which must not matter."""
     _, a_layout, a_registers, b_layout, b_registers, kind = SHAPES[name]
     rows = np.full((32, 10), 0xFFFFFFFF, np.uint32)
@@ -324,11 +327,12 @@ def test_a_warp_need_not_be_whole_for_a_barrier(scheduled: ModuleType) -> None:
         scheduled.run("shuffle", np.zeros((40, 2), np.uint32), 40)
 
 
-def convert(emulated: ModuleType, name: str, *columns: np.ndarray) -> np.ndarray:
-    return emulated.run(name, np.stack(columns, 1))[:, 0]
+def convert(emulated: ModuleType, name: str, *columns: Array) -> Array:
+    out: Array = emulated.run(name, np.stack(columns, 1))
+    return out[:, 0]
 
 
-def hard_floats(places: int) -> np.ndarray:
+def hard_floats(places: int) -> Array:
     """Words around what a type with so many places of mantissa rounds: ties, halves of the least, overflow, NaN."""
     step = 1 << 23 - places
     rng = np.random.default_rng(11)
