@@ -341,8 +341,9 @@ def hard_floats(places: int) -> Array:
     words = (bases[:, None] + np.array(around)).ravel()
     special = [0, 1, 0x007FFFFF, 0x00800000, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FC00000, 0x7FFFFFFF]
     special += list(bits([65504, 65519.99, 65520, 65536, 2.0**-24, 2.0**-25, 2.0**-25 * 1.0001, 2.0**-14]))
-    words = np.concatenate([words, special]) & 0x7FFFFFFF
-    return np.concatenate([words, words | 0x80000000]).astype(np.uint32)
+    words = np.concatenate([words, special]).astype(np.uint32) & np.uint32(0x7FFFFFFF)
+    both: Array = np.concatenate([words, words | np.uint32(0x80000000)])
+    return both
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
