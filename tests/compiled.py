@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -50,20 +51,31 @@ def built(name: str, source: Path, inputs: list[Path], *flags: str) -> Path:
     includes = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
     command = [compiler, *FLAGS, *flags, *includes]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    key = hashlib.sha256("\0".join([pybind11.__version__, suffix, *command]).encode())
+
+    def make(folder: Path) -> Path:
+        target = folder / f"{name}{suffix}"
+        done = subprocess.run([*command, str(source), "-o", str(target)], capture_output=True, text=True)
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-6000:]}"
+        return target
+
+    return stamped(name, [pybind11.__version__, suffix, *command], inputs, make)
+
+
+def stamped(name: str, key: Iterable[str], inputs: Iterable[Path], make: Callable[[Path], Path]) -> Path:
+    """What `make(folder)` builds, from a folder of `build/tests` if it has been built from the same before."""
+    digest = hashlib.sha256("\0".join(key).encode())
     for path in inputs:
-        key.update(path.read_bytes())
-    folder = ROOT / "build" / "tests" / f"{name}-{key.hexdigest()[:16]}"
+        digest.update(path.read_bytes())
+    folder = ROOT / "build" / "tests" / f"{name}-{digest.hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"{name}{suffix}"
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # let go when the file is closed, and when the process dies
-        if not target.exists():
-            part = folder / "part"
-            done = subprocess.run([*command, str(source), "-o", str(part)], capture_output=True, text=True)
-            assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-6000:]}"
-            part.replace(target)  # whole or not at all
-    return target
+        done = folder / "done"  # named last, so that what is half built is built again
+        if not done.exists():
+            part = folder / "done.part"
+            part.write_text(str(make(folder)))
+            part.replace(done)
+        return Path(done.read_text())
 
 
 def loaded(target: Path) -> ModuleType:

@@ -40,8 +40,8 @@ SCHEMAS = {
 }
 """The schemas of one family."""
 
-BACKENDS = ("cpu", "triton")
-"""Backends that have a family of operators."""
+FAMILIES = {"cpu": tuple(SCHEMAS), "triton": tuple(SCHEMAS), "cuda": ("forward", "backward")}
+"""The operators of each backend that has some."""
 
 _library = torch.library.Library("visattn", "DEF")  # type: ignore[no-untyped-call]
 
@@ -260,7 +260,8 @@ _MAPS = {
 
 def _declare(backend: str) -> None:
     """Declare a backend's family of operators."""
-    for which, schema in SCHEMAS.items():
+    for which in FAMILIES[backend]:
+        schema = SCHEMAS[which]
         name = f"{backend}_{which}"
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
         qualified = f"visattn::{name}"
@@ -273,7 +274,19 @@ def _declare(backend: str) -> None:
         ("received", _raise_when_run("attention_received"), _save_shapes),
     )
     for which, formula, save in formulas:
+        if which not in FAMILIES[backend]:
+            continue
         torch.library.register_autograd(f"visattn::{backend}_{which}", formula, setup_context=save, lib=_library)
+
+
+def _declare_launches() -> None:
+    """Declare what launches the CUDA kernels, beneath the family "cuda".
+
+    torch's C++ interface does not tell whether products may be TF32, so that this comes as an argument.
+    """
+    for which in FAMILIES["cuda"]:
+        schema = SCHEMAS[which].replace(") ->", ", bool tf32) ->")
+        torch.library.define(f"visattn::cuda_launch_{which}", schema, lib=_library)
 
 
 def _declare_refusal() -> None:
@@ -287,5 +300,6 @@ def _declare_refusal() -> None:
 
 
 _declare_refusal()
-for _backend in BACKENDS:
+_declare_launches()
+for _backend in FAMILIES:
     _declare(_backend)

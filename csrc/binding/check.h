@@ -57,8 +57,11 @@ inline ScalarType accumulate_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline void check_tensor(const Tensor& x, const char* argument, const Sizes& sizes, ScalarType dtype) {
-  if (!x.is_cpu()) fail(std::string(argument) + " on the CPU", argument, "a tensor of another device");
+// `q` is what was looked at first: all others lie where it does.
+inline void check_tensor(const Tensor& x, const char* argument, const Sizes& sizes, ScalarType dtype, const Tensor& q) {
+  if (x.is_cpu() != q.is_cpu() || x.is_cuda() != q.is_cuda() || x.get_device_index() != q.get_device_index())
+    fail(std::string(argument) + (q.is_cpu() ? " on the CPU" : " on the GPU of q"), argument,
+         "a tensor of another device");
   if (x.layout() != torch::headeronly::Layout::Strided)
     fail(std::string(argument) + " to be a strided (dense) tensor", argument, "another layout");
   if (x.scalar_type() != dtype)
@@ -149,9 +152,9 @@ inline Problem problem_of(const Tensor& q, const Tensor& k, const Tensor* v, dou
   p.head_dim = q.size(4);
   p.value_dim = v ? v->size(4) : 0;
   p.scale = scale;
-  check_tensor(q, "q", shape(q), q.scalar_type());
-  check_tensor(k, "k", {p.batch, p.keys.h, p.keys.w, p.kv_heads, p.head_dim}, q.scalar_type());
-  if (v) check_tensor(*v, "v", {p.batch, p.keys.h, p.keys.w, p.kv_heads, p.value_dim}, q.scalar_type());
+  check_tensor(q, "q", shape(q), q.scalar_type(), q);
+  check_tensor(k, "k", {p.batch, p.keys.h, p.keys.w, p.kv_heads, p.head_dim}, q.scalar_type(), q);
+  if (v) check_tensor(*v, "v", {p.batch, p.keys.h, p.keys.w, p.kv_heads, p.value_dim}, q.scalar_type(), q);
   for (int64_t size : {p.queries.h, p.queries.w, p.keys.h, p.keys.w, p.heads, p.kv_heads, p.head_dim})
     if (size < 1)
       fail("every size but the batch to be at least 1", "q.shape", text(shape(q)) + " and k.shape=" + text(shape(k)));
@@ -170,9 +173,9 @@ inline Problem problem_of(const Tensor& q, const Tensor& k, const Tensor* v, dou
 }
 
 // A relative table [entries, columns] or [heads, entries, columns]; of the bias, always the latter.
-inline Table table_of(const Tensor& x, const char* argument, const Problem& p, ScalarType dtype, bool shared,
+inline Table table_of(const Tensor& x, const char* argument, const Problem& p, const Tensor& q, bool shared,
                       int64_t entries, int64_t columns) {
-  check_tensor(x, argument, shared ? Sizes{entries, columns} : Sizes{p.heads, entries, columns}, dtype);
+  check_tensor(x, argument, shared ? Sizes{entries, columns} : Sizes{p.heads, entries, columns}, q.scalar_type(), q);
   if (shared) return {x.data_ptr(), 0, x.stride(0), x.stride(1)};
   return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }

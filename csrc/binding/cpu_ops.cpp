@@ -8,13 +8,16 @@
 #include <tuple>
 
 #include "../cpu/engine.h"
-#include "check.h"
+#include "terms.h"
 
 namespace visattn::binding {
 namespace {
 
 using cpu::Pass;
-using Term = std::optional<Tensor>;
+
+void check_cpu(const Tensor& q) {
+  if (!q.is_cpu()) fail("q on the CPU", "q", "a tensor of another device");
+}
 
 // Run every item of a pass. Items differ in nothing but place, so threads take the next one as they come.
 void run_items(const Call& call, Pass pass, const cpu::Work& work, int threads) {
@@ -47,60 +50,6 @@ void run(Call& call, Pass pass) {
   call.part = 0;
 }
 
-Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
-}
-
-Tensor zeros(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
-  return torch::stable::new_zeros(like, sizes, dtype);
-}
-
-// The tensors of the terms as the schemas order them: DIFFERENTIABLE after q, k and v.
-constexpr int kTermTensors = 8;
-constexpr int kGradients = 3 + kTermTensors;
-constexpr int kKeyBias = 7;
-const char* const kTermNames[kTermTensors] = {"relative_bias",    "relative_query_h", "relative_query_w",
-                                              "relative_key_h",   "relative_key_w",   "relative_value_h",
-                                              "relative_value_w", "key_bias"};
-
-struct Terms {
-  const Term* tensors[kTermTensors];
-  double query_scale, key_scale;
-
-  // Check the terms against the problem and enter them into the call.
-  void enter(Call& call, ScalarType dtype, bool with_values) const {
-    const Problem& p = call.problem;
-    call.vector_scale[kQueryTerm] = query_scale, call.vector_scale[kKeyTerm] = key_scale;
-    for (int i = 0; i < kTermTensors; ++i) {
-      if (!tensors[i]->has_value()) continue;
-      const Tensor& x = **tensors[i];
-      const char* name = kTermNames[i];
-      if (i == kKeyBias) {
-        Sizes sizes{p.batch, p.keys.h, p.keys.w};
-        if (x.dim() == 4) sizes.push_back(p.heads);
-        check_tensor(x, name, sizes, dtype);
-        call.key_bias = {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.dim() == 4 ? x.stride(3) : 0, 1};
-        continue;
-      }
-      if (p.queries.h != p.keys.h || p.queries.w != p.keys.w)
-        fail("query and key grids of one size for a relative term", name,
-             "a tensor, queries=" + text({p.queries.h, p.queries.w}) + " and keys=" + text({p.keys.h, p.keys.w}));
-      if (i == 0) {
-        call.bias = table_of(x, name, p, dtype, false, table_entries(p.reach(0)), table_entries(p.reach(1)));
-        continue;
-      }
-      const VectorTerm term = VectorTerm((i - 1) / 2);
-      const int axis = (i - 1) % 2;
-      if (term == kValueTerm && !with_values) fail("no value term where there are no values", name, "a tensor");
-      call.vector[term][axis] =
-          table_of(x, name, p, dtype, x.dim() == 2, table_entries(p.reach(axis)), p.channels(term));
-    }
-  }
-
-  bool has(int i) const { return tensors[i]->has_value(); }
-  const Tensor& operator[](int i) const { return **tensors[i]; }
-};
-
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Term relative_bias, Term relative_query_h,
                                    Term relative_query_w, Term relative_key_h, Term relative_key_w,
                                    Term relative_value_h, Term relative_value_w, Term key_bias, double scale,
@@ -111,8 +60,9 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Term relative_b
                     relative_query_scale,
                     relative_key_scale};
   Call call;
+  check_cpu(q);
   const Problem& p = call.problem = problem_of(q, k, &v, scale, pattern);
-  terms.enter(call, q.scalar_type(), true);
+  terms.enter(call, q, true);
   const ScalarType sums = accumulate_dtype(q.scalar_type());
   const Sizes outputs{p.batch, p.queries.h, p.queries.w, p.heads, p.value_dim};
   Tensor out = empty(q, outputs, q.scalar_type());
@@ -153,14 +103,7 @@ void run_gradients(Call& call, Pass pass, const std::vector<int>& slots, const T
                    const Terms& terms) {
   const Problem& p = call.problem;
   const int threads = int(torch::stable::get_num_threads());
-  call.partial_size = 0;
-  std::fill(call.partial_offset, call.partial_offset + kTables, -1);
-  for (int slot : slots) {
-    call.partial_offset[slot] = call.partial_size;
-    const int axis = (slot - 1) % 2;
-    call.partial_size += slot == 0 ? table_entries(p.reach(0)) * table_entries(p.reach(1))
-                                   : table_entries(p.reach(axis)) * p.channels(VectorTerm((slot - 1) / 2));
-  }
+  lay_out_share(call, slots);
   int64_t n = 0;
   std::vector<cpu::Work> works;
   for (call.part = 0; call.part < parts(p.pattern); ++call.part) {
@@ -195,28 +138,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
                     relative_query_scale,
                     relative_key_scale};
   Call call;
+  check_cpu(q);
   const Problem& p = call.problem = problem_of(q, k, &v, scale, pattern);
   const ScalarType dtype = q.scalar_type(), sums = accumulate_dtype(dtype);
-  terms.enter(call, dtype, true);
+  terms.enter(call, q, true);
   const Sizes queries{p.batch, p.queries.h, p.queries.w, p.heads};
-  Sizes outputs = queries;
-  outputs.push_back(p.value_dim);
-  check_tensor(out, "out", outputs, dtype);
-  check_tensor(grad_out, "grad_out", outputs, dtype);
-  check_tensor(lse, "lse", queries, sums);
-  check_tensor(grad_lse, "grad_lse", queries, sums);
-  bool legal = needs >= 0 && needs < int64_t(1) << kGradients;
-  for (int i = 0; i < kTermTensors; ++i) legal = legal && (!(needs >> (3 + i) & 1) || terms.has(i));
-  if (!legal)
-    fail("needs to ask for gradients of tensors that are there (bit i for the i-th of q, k, v and the terms)", "needs",
-         std::to_string(needs));
+  check_saved(p, q, grad_out, grad_lse, out, lse, terms, needs);
 
   auto wants = [&](int i) { return (needs >> i & 1) != 0; };
-  std::vector<Tensor> grads;
-  for (int i = 0; i < kGradients; ++i) {
-    const Tensor& x = i == 0 ? q : i == 1 ? k : i == 2 ? v : terms.has(i - 3) ? terms[i - 3] : q;
-    grads.push_back(empty(q, wants(i) ? shape(x) : Sizes{0}, dtype));
-  }
+  std::vector<Tensor> grads = empty_gradients(q, k, v, terms, needs);
   Tensor delta = empty(q, queries, sums);
   call.q = map_of(q), call.k = map_of(k), call.v = map_of(v);
   call.out = map_of(out), call.lse = map_of(lse);
@@ -224,7 +154,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   if (needs & ~int64_t(4))
     run_items(call, Pass::kDelta, plan(call, Pass::kDelta, 1), int(torch::stable::get_num_threads()));
 
-  // Which pass gives what; a bias table's gradient comes with that of q, since keys outside the map have a part in it.
   const bool together = cpu::together(call), many = parts(p.pattern) > 1, narrow = dtype != sums;
   std::vector<Tensor> running;
   auto sum_of = [&](const Tensor& x) {
@@ -234,8 +163,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   std::vector<int> query_slots, key_slots;
   for (int slot = 0; slot < kTables; ++slot)
     if (wants(3 + slot)) {
-      const bool of_keys = slot == table_slot(kKeyTerm, 0) || slot == table_slot(kKeyTerm, 1);
-      (of_keys || together ? key_slots : query_slots).push_back(slot);
+      (of_keys(slot) || together ? key_slots : query_slots).push_back(slot);
     }
   if (wants(0)) {
     call.grad_q = map_of(grads[0]);
@@ -275,8 +203,9 @@ Tensor map(Tensor q, Tensor k, Term relative_bias, Term relative_query_h, Term r
                     relative_query_scale,
                     relative_key_scale};
   Call call;
+  check_cpu(q);
   const Problem& p = call.problem = problem_of(q, k, nullptr, scale, pattern);
-  terms.enter(call, q.scalar_type(), false);
+  terms.enter(call, q, false);
   if (!at.is_cpu()) fail("at on the CPU", "at", "a tensor of another device");
   if (at.scalar_type() != ScalarType::Long) fail("at of dtype int64", "at.dtype", name(at.scalar_type()));
   if (at.dim() != 2 || at.size(1) != 2) fail("at of shape [P, 2]", "at.shape", text(shape(at)));
@@ -309,8 +238,9 @@ Tensor received(Tensor q, Tensor k, Term relative_bias, Term relative_query_h, T
                     relative_query_scale,
                     relative_key_scale};
   Call call;
+  check_cpu(q);
   const Problem& p = call.problem = problem_of(q, k, nullptr, scale, pattern);
-  terms.enter(call, q.scalar_type(), false);
+  terms.enter(call, q, false);
   const ScalarType dtype = accumulate_dtype(q.scalar_type());
   Tensor sums = empty(q, {p.batch, p.keys.h, p.keys.w, p.kv_heads}, dtype);
   const Sizes queries{p.batch, p.queries.h, p.queries.w, p.heads};

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from visattn_kernels.backends import cpu, reference, triton
+from visattn_kernels.backends import cpu, cuda, reference, triton
 from visattn_kernels.errors import expected, told
 from visattn_kernels.problem import Problem
 
@@ -40,6 +40,7 @@ class Backend:
 
 REGISTRY = (
     Backend("cpu", cpu.ABOUT, cpu.unavailable, cpu.unsupported),
+    Backend("cuda", cuda.ABOUT, cuda.unavailable, cuda.unsupported),
     Backend("triton", triton.ABOUT, triton.unavailable, triton.unsupported),
     Backend("reference", reference.ABOUT, reference.unavailable, reference.unsupported, slow=True),
 )

@@ -1,0 +1,227 @@
+"""The CUDA kernels in the emulator against the reference: the case table, every cell, every schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import cuda_emulated as emulated
+import pytest
+import torch
+from cases import CASES, PATTERNS, TERM_CASES, Case, TermCase, differentiate, hold, inputs, short
+from conftest import poison
+from tolerance import check
+
+import visattn_kernels as va
+from visattn_kernels import reference
+from visattn_kernels.backends import cuda
+from visattn_kernels.backends.cells import CELLS, kinds
+from visattn_kernels.terms import TERM_TENSORS
+
+EVERYTHING = tuple(options[0] for options in TERM_CASES)  # every term
+
+
+@pytest.fixture(autouse=True)
+def _emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The CUDA backend on CPU tensors."""
+    emulated.load(emulated.build())
+    monkeypatch.setattr(cuda, "emulate", True)
+    yield
+    emulated.control()
+
+
+def attend(case: Case):
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **extra: torch.Tensor):
+        call = {"scale": case.scale, "terms": case.build_terms(extra), "backend": "cuda"}
+        with poison():
+            return va.attention(q, k, v, case.pattern, **call, return_lse=True)
+
+    return forward
+
+
+def run(case: Case) -> dict[str, torch.Tensor]:
+    """Results and gradients of a case, on poisoned memory."""
+    with poison():
+        return differentiate(attend(case), inputs(case), case.wanted)
+
+
+RUN = emulated.fitted(case for case in CASES if case.dtype in (torch.float32, torch.float16))
+
+
+@pytest.mark.parametrize("case", RUN, ids=lambda case: case.id)
+def test_forward_and_backward(case: Case) -> None:
+    results = run(case)
+    assert results["out"].is_contiguous()
+    assert results["out"].dtype == case.dtype
+    hold(case, results)
+
+
+CELL_CASES = [
+    Case(
+        dtype=dtype, batch=1, queries=(7, 11), keys=(7, 11), kv_heads=1, head_dim=d, value_dim=dv,
+        pattern=pattern, terms=terms,
+    )
+    for d, dv, named in CELLS
+    for dtype, numbers in ((torch.float16, "float16"), (torch.bfloat16, "bfloat16"), (torch.float32, "float32"))
+    if (d, dv) in emulated.WIDTHS[numbers]
+    for kind in kinds(numbers, named)
+    for pattern, terms in {
+        "kPlain": ((va.Global(), ()), (va.Window(7, shift=3), ())),
+        "kMasked": ((va.Neighborhood(5), ()), (va.CrissCross(), ())),
+        "kBias": ((va.Window(7, shift=3), EVERYTHING[:1]), (va.Neighborhood(5), (EVERYTHING[0], EVERYTHING[-1]))),
+        "kVectors": ((va.Global(), EVERYTHING[1:2]), (va.Row(), EVERYTHING[1:4]), (va.Neighborhood(3), EVERYTHING)),
+    }[kind]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CELL_CASES, ids=lambda case: case.id)
+def test_every_cell(case: Case) -> None:
+    """Every kernel that is compiled, in each dtype that the emulator has of it."""
+    hold(case, run(case))
+
+
+SMALL = emulated.fitted(
+    Case(dtype=torch.float16, batch=1, queries=grid, keys=grid, kv_heads=1, pattern=pattern, terms=terms)
+    for pattern, grid in PATTERNS
+    for terms in ((), EVERYTHING)
+)
+
+
+@pytest.mark.parametrize("schedule", emulated.SCHEDULES)
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.id)
+def test_every_schedule_gives_the_same_bits(case: Case, schedule: int) -> None:
+    """Held to the reference by the first, the others by equality: a race shows as a difference, or as a NaN."""
+    first = run(case)
+    if schedule == 0:
+        hold(case, first)
+        return
+    emulated.control(schedule)
+    for name, x in run(case).items():
+        assert torch.equal(x, first[name]), name
+
+
+# Larger than a block and a stage, so that both turn over: the buffers of slots are used again.
+LARGE = [
+    Case(dtype=dtype, batch=1, queries=grid, keys=grid, heads=1, kv_heads=1, head_dim=d, value_dim=dv, pattern=pattern,
+         terms=terms)
+    for dtype, (d, dv) in ((torch.float16, (16, 32)), (torch.float32, (8, 8)))
+    for pattern, grid in ((va.Global(), (13, 17)), (va.Neighborhood(7, border="zero"), (13, 23)), (va.Row(), (2, 100)))
+    for terms in ((), EVERYTHING)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", emulated.SCHEDULES)
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.id)
+def test_many_stages(case: Case, schedule: int) -> None:
+    emulated.control(schedule)
+    hold(case, run(case))
+
+
+@pytest.mark.parametrize("case", emulated.fitted([case for case in CASES if case.dtype == torch.float32][::7], "tf32"),
+                         ids=lambda case: case.id)  # fmt: skip
+def test_tf32(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    hold(case, run(case), tf32=True)
+
+
+@pytest.mark.parametrize("pattern", [va.Global(), va.Window(5, 2), va.Neighborhood(5, border="zero"), va.CrissCross()])
+def test_same_bits_for_any_batch_and_any_run(pattern) -> None:
+    case = Case(batch=3, queries=(7, 9), keys=(7, 9), kv_heads=1, pattern=pattern, terms=EVERYTHING)
+    tensors = inputs(case)
+    first = differentiate(attend(case), tensors, case.wanted)
+    again = differentiate(attend(case), tensors, case.wanted)
+    for name, x in first.items():
+        assert torch.equal(x, again[name]), name
+    shared = [name for name in case.term_tensors if name != "key_bias"]
+    alone = differentiate(
+        attend(case), {name: x if name in shared else x[1:2] for name, x in tensors.items()}, case.wanted
+    )
+    for name, x in first.items():
+        if name.removeprefix("grad_") not in shared:  # whose gradients are sums over maps
+            assert torch.equal(x[1:2], alone[name]), name
+
+
+LEAKING = (va.Window(4, shift=(1, 3)), va.Neighborhood((4, 5), dilation=(1, 2)), va.Neighborhood(3, border="zero"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("where", ["q", "k", "v", "grad_out", *TERM_TENSORS[:-1]])
+@pytest.mark.parametrize("pattern", [*LEAKING, va.CrissCross()], ids=short)
+def test_nan_never_leaks(pattern, where: str, dtype: torch.dtype) -> None:
+    """What a bad number reaches in the reference, and nothing else; forwards, and in every gradient."""
+    terms = (*EVERYTHING[:-1], TermCase("KeyBias"))
+    case = Case(
+        dtype=dtype, batch=1, queries=(7, 11), keys=(7, 11), heads=1, kv_heads=1, pattern=pattern, terms=terms,
+    )  # fmt: skip
+    tensors = inputs(case)
+    tensors["key_bias"][0, 2, 2] = -torch.inf
+    tensors["k"][0, 2, 2] = torch.nan  # removed: reaches nothing
+    if where in TERM_TENSORS:
+        tensors[where][..., 0, 0] = torch.nan  # the longest offset, which few pairs have, or none
+    else:
+        tensors[where][0, 3, 5, 0, 1] = torch.nan
+    results = differentiate(attend(case), tensors, case.wanted)
+
+    def formula(q, k, v, **extra):
+        return reference.formula(q, k, v, pattern, scale=case.true_scale, terms=case.build_terms(extra))
+
+    exact = differentiate(formula, {name: x.double() for name, x in tensors.items()}, case.wanted)
+    for name, x in results.items():
+        assert torch.equal(x.isnan(), exact[name].isnan()), name
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+@pytest.mark.parametrize("pattern", [va.Global(), va.Neighborhood(3)], ids=short)
+def test_nan_and_inf_reach_what_they_reach_in_the_reference(pattern, value: float, where: str) -> None:
+    case = Case(batch=1, queries=(7, 9), keys=(7, 9), pattern=pattern)
+    tensors = inputs(case)
+    tensors[where][0, 2, 3, 1, 0] = value
+    with torch.no_grad():
+        results = attend(case)(tensors["q"], tensors["k"], tensors["v"])
+        call = {"scale": case.true_scale}
+        exact = reference.formula(*(tensors[n].double() for n in "qkv"), pattern, **call)
+        eager = reference.formula(*(tensors[n] for n in "qkv"), pattern, **call)
+    for name, x, r, low in zip(("out", "lse"), results, exact, eager, strict=True):
+        low = torch.where(r.isfinite(), low.double().nan_to_num(), r)
+        check(name, x, r, low, torch.float32)
+
+
+@pytest.mark.parametrize("pattern", [va.Global(), va.Window(3), va.CrissCross()], ids=short)
+def test_queries_with_no_key(pattern) -> None:
+    case = Case(batch=2, queries=(5, 7), keys=(5, 7), pattern=pattern, terms=(TermCase("KeyBias"), *EVERYTHING[:-1]))
+    tensors = inputs(case)
+    tensors["key_bias"][1] = -torch.inf
+    results = differentiate(attend(case), tensors, case.wanted)
+    for name in ("out", "grad_q", "grad_k", "grad_v", "grad_key_bias"):
+        assert results[name][1].eq(0).all(), name
+        assert results[name].isfinite().all(), name
+    assert results["lse"][1].eq(-torch.inf).all()
+
+
+def test_a_folded_grid_has_no_block_too_many() -> None:
+    """Grids of two dimensions, of which the last row is not full."""
+    emulated.control(max_grid_x=5)
+    case = Case(batch=2, queries=(5, 7), keys=(5, 7), pattern=va.Window(3), terms=EVERYTHING)
+    hold(case, run(case))
+
+
+def test_shares_are_dealt_among_a_fixed_number_of_blocks() -> None:
+    """More tiles than blocks: each block goes on with the next tile, and its share with it."""
+    case = Case(queries=(5, 5), keys=(5, 5), heads=64, kv_heads=64, pattern=va.Window(1), terms=EVERYTHING, batch=1)
+    assert 25 > 1024 / 64
+    hold(case, run(case))
+
+
+@pytest.mark.parametrize("span", [None, 9])
+@pytest.mark.parametrize("terms", [EVERYTHING[:1], EVERYTHING[1:2], EVERYTHING[1:4], EVERYTHING])
+def test_memory_that_a_block_has_not_is_a_reason(terms, span: int | None) -> None:
+    """The longest row that is accepted runs, and uses what it was said to."""
+
+    def attend_row(length: int):
+        case = Case(dtype=torch.float16, batch=1, queries=(1, length), keys=(1, length), heads=1, kv_heads=1,
+                    pattern=va.Row(span), terms=terms)  # fmt: skip
+        return case, va.explain(*(inputs(case)[n] for n in "qkv"), case.pattern, terms=case.build_terms(inputs(case)))
+
+    runs = [length for length in (40, 80, 160, 320, 640, 1280) if "shared memory" not in attend_row(length)[1]]
+    assert runs
+    hold(attend_row(runs[-1])[0], run(attend_row(runs[-1])[0]))
