@@ -156,12 +156,17 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
             libraries += (
                 " -ltorch_cuda " + " ".join(f"-L{path}" for path in places) + " -lcudart_static -ldl -lrt -lpthread"
             )
-            for name, text in CELLS["sources"]().items():
-                generated = work / f"{name}.cu"
+            files = CELLS["sources"]()
+            for name, text in {
+                **{f"{stem}.cu": text for stem, text in files.items()},
+                "cells.cpp": CELLS["table"](files),
+            }.items():
+                generated = work / name
                 if not generated.exists() or generated.read_text() != text:  # else ninja would compile it again
                     generated.write_text(text)
-                objects.append(str(work / f"{name}.cu.o"))
-                lines.append(f"build {objects[-1]}: cuda {generated}")
+                objects.append(f"{generated}.o")
+                rule = "cuda" if name.endswith(".cu") else "compile"
+                lines += [f"build {objects[-1]}: {rule} {generated}", f"  flags = -I{ROOT / 'csrc'}"]
         for source, flags in sources(isa_flags).items():
             obj = work / (source.replace("/", "_") + ".o")
             objects.append(str(obj))

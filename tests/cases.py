@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -25,6 +26,7 @@ from visattn_kernels import (
     Window,
     reference,
 )
+from visattn_kernels.backends import cells, cuda
 from visattn_kernels.patterns import Pattern, Size
 from visattn_kernels.terms import TERM_TENSORS, Term
 
@@ -220,6 +222,47 @@ def inputs(case: Case) -> dict[str, torch.Tensor]:
                 x[torch.rand(shape, generator=generator) < term.removed] = -torch.inf
             tensors[name] = laid_out_table(x.to(case.dtype), term.layout)
     return tensors
+
+
+def fitted(
+    case: Case, turn: int = 0, numbers: str | None = None, among: Collection[tuple[int, int]] | None = None
+) -> Case | None:
+    """A case as the CUDA backend takes it, which is compiled for some widths alone; None if its tolerance has no room.
+
+    Args:
+        case: of which D and Dv become those of a cell that has the case's kind.
+        turn: which of these cells; small ones, so that the references stay quick.
+        numbers: a key of `cells.NUMBERS`; of the case's dtype otherwise.
+        among: D and Dv of the cells that there are; all otherwise.
+    """
+    if set(case.pattern.reach(Size(*case.queries), Size(*case.keys))) == {1} and case.dtype.itemsize == 2:
+        return None  # the gradient of a score is then little but the rounding of out, as with one key left (`_all`)
+    needs = cells.KINDS.index(cuda.kind_of(case.pattern, [term.kind for term in case.terms]))
+    numbers = numbers or cuda.DTYPES[case.dtype]
+    widths = [
+        (d, dv)
+        for d, dv, named in cells.CELLS
+        if d + dv <= 64
+        and (among is None or (d, dv) in among)
+        and max(map(cells.KINDS.index, cells.kinds(numbers, named))) >= needs
+    ]
+    d, dv = widths[turn % len(widths)]
+    return replace(case, head_dim=d, value_dim=dv)
+
+
+def cuda_problems(kind: str) -> tuple[tuple[Pattern, tuple[TermCase, ...]], ...]:
+    """Patterns and terms that make the most of a kind of CUDA kernel."""
+    bias, query, key, value, key_bias = (options[0] for options in TERM_CASES)
+    return {
+        "kPlain": ((Global(), ()), (Window(7, shift=3), ())),
+        "kMasked": ((Neighborhood(5), ()), (CrissCross(), ())),
+        "kBias": ((Window(7, shift=3), (bias,)), (Neighborhood(5), (bias, key_bias))),
+        "kVectors": (
+            (Global(), (query,)),
+            (Row(), (query, key, value)),
+            (Neighborhood(3), (bias, query, key, value, key_bias)),
+        ),
+    }[kind]
 
 
 def differentiate(forward, tensors: dict[str, torch.Tensor], wanted) -> dict[str, torch.Tensor]:
