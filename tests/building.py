@@ -22,8 +22,13 @@ def run(*command: str, cwd: Path, **environment: str) -> str:
 
 
 def copy_source(to: Path) -> Path:
-    """A copy of what a build needs, without anything built."""
+    """A copy of what a build needs, with the objects of this checkout's own build, if there are any.
+
+    ninja decides what of them is out of date; what a build has compiled already with the same flags it takes as it is.
+    """
     ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    for built in (ROOT / "build").glob("temp*"):
+        shutil.copytree(built, to / "build" / built.name)
     for name in ("csrc", "visattn_kernels"):
         shutil.copytree(ROOT / name, to / name, ignore=ignore)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):

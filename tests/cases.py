@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -265,6 +265,18 @@ def cuda_problems(kind: str) -> tuple[tuple[Pattern, tuple[TermCase, ...]], ...]
     }[kind]
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For the reference on small maps: a second thread is waited for longer than it works, and more so where as many
+    processes as there are cores run tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def differentiate(forward, tensors: dict[str, torch.Tensor], wanted) -> dict[str, torch.Tensor]:
     """Results and gradients of `forward(q, k, v, **term tensors) -> (out, lse)`; `wanted` names what requires grad."""
     names = [name for name in ("q", "k", "v", *TERM_TENSORS) if name in tensors]
@@ -277,6 +289,7 @@ def differentiate(forward, tensors: dict[str, torch.Tensor], wanted) -> dict[str
     return {"out": out.detach(), "lse": lse.detach(), **{f"grad_{n}": g for n, g in zip(wanted, grads, strict=True)}}
 
 
+@one_thread()
 def truth(case: Case, tensors: dict[str, torch.Tensor], tf32: bool = False):
     """R and L of a case on tensors of its shapes: results and gradients in float64 (and the policy's bounds), and
     eagerly in its dtype, with TF32 products if these are meant."""
@@ -293,6 +306,25 @@ def truth(case: Case, tensors: dict[str, torch.Tensor], tf32: bool = False):
     exact["bound"] = element_bound(doubles["q"], doubles["k"], doubles["v"], *call)
     exact["sizes"] = gradient_sizes(doubles, case.pattern, case.true_scale, terms)
     return exact, eager
+
+
+@cache
+@one_thread()
+def expected_map(case: Case) -> tuple[list[tuple[int, int]], dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """Some points of a case's map, and R and L of its rows there (`map`) and of its column sums (`received`)."""
+    tensors = inputs(case)
+    q, k, terms = tensors["q"], tensors["k"], case.build_terms(tensors)
+    height, width = case.queries
+    points = [(0, 0), (height - 1, width - 1), (height // 2, width // 3), (0, 0)]
+    call = {"pattern": case.pattern, "scale": case.true_scale}
+    dense = reference.probabilities(q, k, **call, terms=terms)  # L: eager in the case's dtype
+    ys, xs = torch.tensor(points).T
+    rows = dense[:, :, ys, xs].transpose(1, 2)
+    sums = dense.sum((2, 3)).unflatten(1, (case.kv_heads, -1)).sum(2).permute(0, 2, 3, 1)
+    call["terms"] = case.build_terms({name: x.double() for name, x in tensors.items()})
+    exact_rows = reference.attention_map(q.double(), k.double(), torch.tensor(points), **call)
+    exact_sums = reference.attention_received(q.double(), k.double(), **call)
+    return points, {"map": (exact_rows, rows), "received": (exact_sums, sums)}
 
 
 @cache
