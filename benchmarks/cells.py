@@ -194,13 +194,9 @@ def table(found: Sequence[dict[str, Any]]) -> str:
 
 
 def summary() -> str:
-    """The record as Markdown.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The record as Markdown."""
     if not FILE.exists():
-        raise ValueError(f"there is no record {FILE}; make it with: make cuda-check")
+        return "There is no record yet."
     record = json.loads(FILE.read_text())
     return (
         f"nvcc {record['nvcc']}: registers of a thread, and bytes of them that are spilled.\n\n{table(record['rows'])}"

@@ -301,7 +301,7 @@ def test_all_parts_together_take_less_than_ten_minutes() -> None:
 
 def test_what_does_not_build_is_a_failure_and_tried_again(at: Path) -> None:
     class Broken(Machine):
-        codes: list[int | None] = [1, None, 0]
+        codes: tuple[int | None, ...] = (1, None, 0)
         built = 0
 
         def one(self, job: Job, limit: float) -> Ended:
