@@ -10,6 +10,11 @@
 #include "../cuda/cuda.h"
 #include "terms.h"
 
+#ifndef VISATTN_EMULATED
+// In every torch with CUDA; its header declares it under a macro of torch's own build.
+extern "C" AOTI_TORCH_EXPORT AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#endif
+
 namespace visattn::binding {
 namespace {
 
