@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PICTURES := out
 CPP := $(shell find csrc benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo pictures test published lint format bench gpu clean
+.PHONY: build demo pictures test published lint format bench gpu cuda-check clean
 
 # ninja decides what is out of date, so the build runs every time.
 build: $(VENV)/.installed
@@ -57,6 +57,12 @@ bench: build
 	$(BIN)/python -m benchmarks run
 	$(BIN)/python -m benchmarks products
 	$(BIN)/python -m benchmarks table --update README.md --update docs/performance.md
+
+# Every CUDA kernel by nvcc for four architectures, with budgets of registers; no GPU is needed. It takes long: 40 minutes
+# on two cores.
+cuda-check: build
+	$(BIN)/python -m benchmarks cells
+	$(BIN)/python -m benchmarks table --update docs/cuda.md
 
 # On a machine with an NVIDIA GPU, with that machine's own torch and Triton, and no network: nothing is installed. It takes
 # less than ten minutes; what is left is done by the next call. The records are benchmarks/results/gpu.json and cuda.json,

@@ -1,4 +1,4 @@
-"""Build of the compiled part, visattn_kernels._C, by ninja.
+"""Build of the compiled part, visattn_kernels._C, by ninja: the CPU engine, and the CUDA kernels where torch has CUDA.
 
 The engine's source is compiled once per instruction set, each with its own flags, which is why the build is spelled out
 here. Environment variables:
@@ -8,6 +8,9 @@ here. Environment variables:
     VISATTN_EMULATE_AVX512=1
                           build the AVX-512 engines on csrc/emulator/avx512, plain C++ in place of the instructions, and
                           offer them on any CPU with AVX2: for tests, and slow
+    VISATTN_NO_CUDA=1     leave the CUDA kernels out
+    TORCH_CUDA_ARCH_LIST  what they are compiled for, such as "8.0;9.0+PTX"; unless given, all of CUDA_ARCHS that nvcc
+                          knows. Whether there is a GPU is never asked
     CXX                   the C++ compiler (g++ or clang++)
 """
 
@@ -15,6 +18,8 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import runpy
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -47,6 +52,52 @@ EMULATE = "-DVISATTN_EMULATE_AVX512 -O1"  # of vectors that it has to take apart
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10's stable ABI
 PYTHON_TARGET = "-DPy_LIMITED_API=0x030a0000"
 
+CUDA_ARCHS = "8.0;9.0;10.0;12.0+PTX"
+CUDA_COMMON = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden"
+CELLS = runpy.run_path(str(ROOT / "visattn_kernels/backends/cells.py"))
+
+
+def no_cuda() -> str:
+    """Why the CUDA kernels are not built, or nothing."""
+    import torch
+    import torch.utils.cpp_extension as torch_build
+
+    if os.environ.get("VISATTN_NO_CUDA") == "1":
+        return "VISATTN_NO_CUDA=1 was set"
+    if torch.version.cuda is None:
+        return f"the torch that it was built against ({torch.__version__}) has no CUDA"
+    if torch_build.CUDA_HOME is None:
+        return "there was no CUDA toolkit: no nvcc on PATH, and CUDA_HOME was not set"
+    return ""
+
+
+def gencode(nvcc: str) -> str:
+    """Nvcc's flags for the architectures that are compiled for."""
+    known = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    flags = []
+    for arch in re.split(r"[;, ]+", (asked or CUDA_ARCHS).strip()):
+        match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", arch)
+        if not match:
+            raise RuntimeError(f"expected TORCH_CUDA_ARCH_LIST to be such as '8.0;9.0+PTX', but got {asked!r}")
+        major, minor, feature, ptx = match.groups(default="")
+        number = f"{major}{minor}{feature}"
+        if int(major) < 8:
+            print(f"visattn: no CUDA kernels for {arch}, which lacks their instructions", flush=True)
+            continue
+        if not asked and f"compute_{number}" not in known.split():
+            continue
+        flags.append(f"-gencode arch=compute_{number},code=sm_{number}")
+        flags += [f"-gencode arch=compute_{number},code=compute_{number}"] if ptx else []
+    if not flags:
+        raise RuntimeError(f"expected an architecture from 8.0 up, but got TORCH_CUDA_ARCH_LIST={asked!r}")
+    return " ".join(flags)
+
+
+def quoted(text: str) -> str:
+    """A macro's value that is a string, on a command line in a build.ninja."""
+    return "'\"" + re.sub(r"[^\w .,:;()=+-]", "", text) + "\"'"
+
 
 def sources(isa_flags: dict[str, str]) -> dict[str, str]:
     """Every source of the extension with its own flags."""
@@ -57,8 +108,9 @@ def sources(isa_flags: dict[str, str]) -> dict[str, str]:
     python = f"{PYTHON_TARGET} -isystem {sysconfig.get_path('include')}"
     isas = isa_flags if X86 else {"plain": ""}
     return {
-        "csrc/binding/module.cpp": python,
+        "csrc/binding/module.cpp": f"{python} -DVISATTN_NO_CUDA={quoted(no_cuda())}",
         "csrc/binding/cpu_ops.cpp": binding,
+        **({} if no_cuda() else {"csrc/binding/cuda_ops.cpp": binding, "csrc/cuda/choose.cpp": ""}),
         "csrc/cpu/dispatch.cpp": "",
         **{f"csrc/cpu/isa_{isa}.cpp": flags for isa, flags in isas.items()},
     }
@@ -88,14 +140,33 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
             "  deps = gcc",
             "  depfile = $out.d",
             "rule link",
-            f"  command = $cxx -shared {sanitize} $in {libraries} -o $out",
+            f"  command = $cxx -shared {sanitize} $in $libraries -o $out",
         ]
         objects = []
+        if not no_cuda():
+            toolkit = Path(str(torch_build.CUDA_HOME))
+            nvcc = str(toolkit / "bin" / "nvcc")
+            lines += [
+                "rule cuda",
+                f"  command = {nvcc} -MD -MF $out.d {CUDA_COMMON} {gencode(nvcc)} -I{ROOT / 'csrc'} -c $in -o $out",
+                "  deps = gcc",
+                "  depfile = $out.d",
+            ]
+            places = [path for path in (toolkit / "lib64", toolkit / "lib") if path.exists()]
+            libraries += (
+                " -ltorch_cuda " + " ".join(f"-L{path}" for path in places) + " -lcudart_static -ldl -lrt -lpthread"
+            )
+            for name, text in CELLS["sources"]().items():
+                generated = work / f"{name}.cu"
+                if not generated.exists() or generated.read_text() != text:  # else ninja would compile it again
+                    generated.write_text(text)
+                objects.append(str(work / f"{name}.cu.o"))
+                lines.append(f"build {objects[-1]}: cuda {generated}")
         for source, flags in sources(isa_flags).items():
             obj = work / (source.replace("/", "_") + ".o")
             objects.append(str(obj))
             lines += [f"build {obj}: compile {ROOT / source}", f"  flags = {flags}"]
-        lines += [f"build {target}: link {' '.join(objects)}", f"default {target}", ""]
+        lines += [f"build {target}: link {' '.join(objects)}", f"  libraries = {libraries}", f"default {target}", ""]
         (work / "build.ninja").write_text("\n".join(lines))
         verbose = ["-v"] if self.verbose and os.environ.get("VISATTN_VERBOSE") else []
         subprocess.run(["ninja", "-C", str(work), *verbose], check=True)

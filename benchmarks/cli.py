@@ -14,6 +14,7 @@ from rich.table import Table
 
 from benchmarks import (
     ceilings,
+    cells,
     compare,
     compiled,
     gpu,
@@ -30,6 +31,7 @@ from benchmarks.measure import Budget, summary
 from benchmarks.results import FOLDER, Cell, load
 from benchmarks.runner import Listener, Plan
 from benchmarks.runner import run as run_plan
+from visattn_kernels.backends.cells import sources
 
 app = typer.Typer(
     help="Named workloads, providers side by side, verified and interleaved; results as JSON, tables made from them.",
@@ -463,6 +465,34 @@ def compiled_command(
     if to is not None:
         compiled.write(found, to)
     print(compiled.table(found))
+
+
+@app.command("cells")
+def cells_command(
+    arch: Annotated[
+        list[str] | None, typer.Option(help="Architectures such as 90a; 80, 90a, 100, 120 otherwise.")
+    ] = None,
+    file: Annotated[list[str] | None, typer.Option(help="Files such as float16_forward; all otherwise.")] = None,
+    to: Annotated[Path | None, typer.Option("--out", help="Where to; results/cells.json if all were compiled.")] = None,
+) -> None:
+    """Compile the CUDA kernels with nvcc, and tell what they take; no GPU is needed."""
+    unknown = sorted(set(file or ()) - set(sources()))
+    if unknown:
+        raise _fail(f"expected files among {', '.join(sources())}, but got --file {unknown[0]}")
+    if to is None and not arch and not file:
+        to = cells.FILE
+    with err.status("") as status:
+        try:
+            found = cells.rows(arch or cells.ARCHS, file, status.update)
+        except RuntimeError as error:
+            raise _fail(error) from error
+    if to is not None:
+        cells.write(found, to)
+    print(cells.table(found))
+    broken = [f"{row['numbers']}_{row['pass']} {row['d']}/{row['dv']} {row['kind']} sm_{row['arch']}: {fault}"
+              for row in found for fault in cells.faults(row)]  # fmt: skip
+    if broken:
+        raise _fail("\n".join(broken))
 
 
 @app.command("products")

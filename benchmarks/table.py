@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import gpu_record, products
+from benchmarks import cells, gpu_record, products
 from benchmarks.results import FOLDER, Cell, Entry, Report, load, write_whole
 
 _BLOCK = re.compile(r"(<!-- benchmarks:(?P<name>[\w.-]+(?::\w+)?) -->\n).*?(<!-- /benchmarks:(?P=name) -->)", re.DOTALL)
@@ -186,6 +186,8 @@ def render(name: str, find: Callable[[str], Report]) -> str:
     """
     if name == products.RESULTS.stem:
         return products.table()
+    if name == cells.FILE.stem:
+        return cells.summary()
     if name == gpu_record.RECORD.stem:
         return gpu_record.summary()
     stem, _, kind = name.partition(":")

@@ -1,4 +1,5 @@
-// The Python module visattn_kernels._C: importing it registers the operators; isa() names the instruction set in use.
+// The Python module visattn_kernels._C: importing it registers the operators; isa() names the instruction set in use,
+// cuda() says whether the CUDA kernels are there.
 #include <Python.h>
 
 #include <exception>
@@ -16,7 +17,15 @@ PyObject* isa(PyObject*, PyObject*) {
   }
 }
 
+// (built, why not): VISATTN_NO_CUDA is what setup.py found, empty if nothing stood in the way.
+PyObject* cuda(PyObject*, PyObject*) {
+  const char* const reason = VISATTN_NO_CUDA;
+  PyObject* const built = PyBool_FromLong(*reason == 0);
+  return Py_BuildValue("(Ns)", built, reason);
+}
+
 PyMethodDef methods[] = {{"isa", isa, METH_NOARGS, "The instruction set that the CPU engine uses."},
+                         {"cuda", cuda, METH_NOARGS, "Whether the CUDA kernels were built, and why not."},
                          {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

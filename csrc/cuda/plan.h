@@ -22,7 +22,7 @@ enum class Kind : int {
 
 // Slots of a stage: fewer where accumulators are many or numbers wide.
 constexpr int slots_of(int bytes, int d, int dv, Pass pass) {
-  return bytes == 4 || (pass != Pass::kForward && d + dv > 64) ? 32 : 64;
+  return (pass != Pass::kForward && d + dv > 64 ? 128 : 256) / (2 * bytes);
 }
 
 struct Place {

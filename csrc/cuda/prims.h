@@ -192,19 +192,20 @@ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 
 // mma_tf32 with all bits of its float32 operands: multiply-adds in the order of K, on operands that lanes exchange.
 VISATTN_DEVICE void mma_fp32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  const int row = lane() / 4 * 4, column = lane() % 4 * 2;
+  const int row = lane() / 4 * 4, column = lane() % 4 * 8;
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t above = a[2 * half], below = a[2 * half + 1], right = half == 0 ? b0 : b1;
 #if defined(__CUDACC__)
-#pragma unroll
+#pragma unroll 1  // of hundreds in a kernel, unrolled ones would take minutes to compile
 #endif
-  for (int k = 0; k < 8; ++k) {
-    const uint32_t above = a[k / 4 * 2], below = a[k / 4 * 2 + 1], right = k < 4 ? b0 : b1;
-    const float a0 = as_float(shuffle(above, row + k % 4)), a1 = as_float(shuffle(below, row + k % 4));
-    const float left_b = as_float(shuffle(right, column * 4 + k % 4));
-    const float right_b = as_float(shuffle(right, column * 4 + 4 + k % 4));
-    d[0] = fmaf(a0, left_b, d[0]);
-    d[1] = fmaf(a0, right_b, d[1]);
-    d[2] = fmaf(a1, left_b, d[2]);
-    d[3] = fmaf(a1, right_b, d[3]);
+    for (int k = 0; k < 4; ++k) {
+      const float a0 = as_float(shuffle(above, row + k)), a1 = as_float(shuffle(below, row + k));
+      const float left_b = as_float(shuffle(right, column + k)), right_b = as_float(shuffle(right, column + 4 + k));
+      d[0] = fmaf(a0, left_b, d[0]);
+      d[1] = fmaf(a0, right_b, d[1]);
+      d[2] = fmaf(a1, left_b, d[2]);
+      d[3] = fmaf(a1, right_b, d[3]);
+    }
   }
 }
 

@@ -122,7 +122,7 @@ def shared_bytes(problem: Problem, which: str) -> int:
     """
     of_keys, backward = which == "keys", which != "forward"
     d, dv, number = problem.head_dim, problem.value_dim, problem.dtype.itemsize
-    slots, pad = (32 if number == 4 or (backward and d + dv > 64) else 64), 16 // number
+    slots, pad = (128 if backward and d + dv > 64 else 256) // (2 * number), 16 // number
     pattern, (queries, keys) = problem.pattern, (problem.queries, problem.keys)
     reach = pattern.reach(queries, keys)
     most = 0
