@@ -21,10 +21,11 @@ from typing import NamedTuple
 
 import cuda_emulated as emulated
 import pytest
+import test_cuda
 import torch
 from building import ROOT
 from cases import TERM_CASES, Case, TermCase, differentiate, expected, hold, inputs
-from test_cuda import attend, run, test_nan_and_inf_reach_what_they_reach_in_the_reference
+from test_cuda import attend, run
 from tolerance import GRADIENT, RESULT, check
 
 import visattn_kernels as va
@@ -582,7 +583,7 @@ def hold_nan() -> None:
         for name, x in differentiate(attend(bad.case), bad_tensors(bad), bad.case.wanted).items():
             factor = GRADIENT if name.startswith("grad_") else RESULT
             check(name, x, exact[name], eager[name], bad.case.dtype, factor, None, sizes.get(name))
-    test_nan_and_inf_reach_what_they_reach_in_the_reference(va.Neighborhood(3), torch.inf, "q")
+    test_cuda.test_nan_and_inf_reach_what_they_reach_in_the_reference(va.Neighborhood(3), torch.inf, "q")
 
 
 CHECKS: dict[str, Callable[[], None]] = {
