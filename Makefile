@@ -16,9 +16,10 @@ $(VENV)/.requirements: requirements.txt
 	$(BIN)/python -m pip install -q -r requirements.txt
 	@touch $@
 
-# The package itself, editable, for its command and its metadata.
+# The package itself, editable, for its command and its metadata. Without the extension, which pip would compile in a
+# folder of its own, only to throw its objects away: `build` makes it in place.
 $(VENV)/.installed: $(VENV)/.requirements pyproject.toml setup.py
-	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	VISATTN_NO_EXT=1 $(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
 demo: build

@@ -1,7 +1,8 @@
 """Build of the compiled part, visattn_kernels._C, by ninja: the CPU engine, and the CUDA kernels where torch has CUDA.
 
 The engine's source is compiled once per instruction set, each with its own flags, which is why the build is spelled out
-here. Environment variables:
+here. Paths are relative to the build's folder, so that objects may go along with a copy of the sources, and what a
+variant of the build compiles like any other has the flags of any other. Environment variables:
 
     VISATTN_NO_EXT=1      build pure Python: the reference still serves
     VISATTN_SANITIZE=1    build with AddressSanitizer and UndefinedBehaviorSanitizer, for tests
@@ -37,18 +38,22 @@ ISA_FLAGS = {
     "avx512": AVX512,
     "avx512_bf16": f"{AVX512} -mavx512bf16",
 }
-EMULATED = f"{AVX2} -I{ROOT / 'csrc/emulator/avx512'}"
+# Of vectors that it has to take apart, -O3 makes minutes of work.
+EMULATED = f"-O1 {AVX2} -Icsrc/emulator/avx512"
 EMULATED_FLAGS = {
     "avx512": EMULATED,
     "avx512_bf16": f"{EMULATED} -DVISATTN_EMULATE_AVX512_BF16",
 }
+# What this CPU must have to run an instruction set, as Linux calls it.
+NEEDS = {"avx2": "avx2", "avx512": "avx512f", "avx512_bf16": "avx512_bf16"}
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # GCC warns of the undefined operand of its own AVX-512 intrinsics, and of vectors wider than the baseline's registers.
 WARNINGS = "-Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -Wno-unknown-warning-option"
 COMMON = f"-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast {WARNINGS}"
-SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1"
-EMULATE = "-DVISATTN_EMULATE_AVX512 -O1"  # of vectors that it has to take apart, -O3 makes minutes of work
+SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
+SANITIZED = f"{SANITIZE} -fno-omit-frame-pointer -g1 -O1"  # of debugging, an error's line is all that is wanted
+EMULATE = "-DVISATTN_EMULATE_AVX512"
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10's stable ABI
 PYTHON_TARGET = "-DPy_LIMITED_API=0x030a0000"
 
@@ -69,6 +74,12 @@ def no_cuda() -> str:
     if torch_build.CUDA_HOME is None:
         return "there was no CUDA toolkit: no nvcc on PATH, and CUDA_HOME was not set"
     return ""
+
+
+def cuda_files() -> dict[str, str]:
+    """The generated files of the CUDA kernels, by name."""
+    files = CELLS["sources"]()
+    return {**{f"{name}.cu": text for name, text in files.items()}, "cells.cpp": CELLS["table"](files)}
 
 
 def gencode(nvcc: str) -> str:
@@ -116,6 +127,13 @@ def sources(isa_flags: dict[str, str]) -> dict[str, str]:
     }
 
 
+def runs_here(source: str) -> bool:
+    """Whether this CPU can run what is compiled from a source; where that is not known, yes."""
+    info = Path("/proc/cpuinfo")
+    needs = next((needs for isa, needs in NEEDS.items() if source == f"csrc/cpu/isa_{isa}.cpp"), None)
+    return needs is None or not info.exists() or needs in info.read_text().split()
+
+
 class NinjaBuild(build_ext):  # type: ignore[misc]
     """Write a build.ninja with a dependency file per object, and run it."""
 
@@ -123,53 +141,59 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
         """Build one extension where setuptools wants it."""
         import torch.utils.cpp_extension as torch_build
 
-        sanitize = SANITIZE if os.environ.get("VISATTN_SANITIZE") == "1" else ""
-        emulate = EMULATE if os.environ.get("VISATTN_EMULATE_AVX512") == "1" else ""
-        isa_flags = ISA_FLAGS | (EMULATED_FLAGS if emulate else {})
+        sanitize = os.environ.get("VISATTN_SANITIZE") == "1"
+        emulate = os.environ.get("VISATTN_EMULATE_AVX512") == "1"
         kind = ("sanitize" if sanitize else "release") + ("-emulate" if emulate else "")
-        work = Path(self.build_temp).resolve() / kind
-        work.mkdir(parents=True, exist_ok=True)
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(os.path.relpath(self.build_temp, ROOT))
+        target = os.path.relpath(self.get_ext_fullpath(ext.name), ROOT)
+        for folder in (ROOT / temporary / kind, ROOT / temporary / "release", (ROOT / target).parent):
+            folder.mkdir(parents=True, exist_ok=True)
         libraries = " ".join(f"-L{path}" for path in torch_build.library_paths()) + " -ltorch_cpu -lc10"
         lines = [
             "ninja_required_version = 1.5",
+            f"builddir = {temporary}",
             f"cxx = {os.environ.get('CXX', 'c++')}",
             "rule compile",
-            f"  command = $cxx -MD -MF $out.d {COMMON} {sanitize} {emulate} $flags -c $in -o $out",
+            f"  command = $cxx -MD -MF $out.d {COMMON} $flags -c $in -o $out",
             "  deps = gcc",
             "  depfile = $out.d",
             "rule link",
-            f"  command = $cxx -shared {sanitize} $in $libraries -o $out",
+            f"  command = $cxx -shared {SANITIZE if sanitize else ''} $in $libraries -o $out",
         ]
         objects = []
+        release = sources(ISA_FLAGS)
+        for source, flags in sources(ISA_FLAGS | (EMULATED_FLAGS if emulate else {})).items():
+            if emulate and source == "csrc/cpu/dispatch.cpp":
+                flags = f"{EMULATE} {flags}"
+            # What this CPU cannot run, the sanitizers cannot watch; it takes them minutes to compile.
+            if sanitize and (emulate or runs_here(source)):
+                flags = f"{SANITIZED} {flags}"
+            obj = str(temporary / ("release" if flags == release[source] else kind) / f"{source.replace('/', '_')}.o")
+            objects.append(obj)
+            lines += [f"build {obj}: compile {source}", f"  flags = {flags}"]
         if not no_cuda():
             toolkit = Path(str(torch_build.CUDA_HOME))
-            nvcc = str(toolkit / "bin" / "nvcc")
+            nvcc = toolkit / "bin" / "nvcc"
             lines += [
                 "rule cuda",
-                f"  command = {nvcc} -MD -MF $out.d {CUDA_COMMON} {gencode(nvcc)} -I{ROOT / 'csrc'} -c $in -o $out",
+                f"  command = {nvcc} -MD -MF $out.d {CUDA_COMMON} {gencode(str(nvcc))} -Icsrc -c $in -o $out",
                 "  deps = gcc",
                 "  depfile = $out.d",
             ]
-            places = [path for path in (toolkit / "lib64", toolkit / "lib") if path.exists()]
-            libraries += (
-                " -ltorch_cuda " + " ".join(f"-L{path}" for path in places) + " -lcudart_static -ldl -lrt -lpthread"
-            )
-            for name, text in CELLS["sources"]().items():
-                generated = work / f"{name}.cu"
-                if not generated.exists() or generated.read_text() != text:  # else ninja would compile it again
-                    generated.write_text(text)
-                objects.append(str(work / f"{name}.cu.o"))
-                lines.append(f"build {objects[-1]}: cuda {generated}")
-        for source, flags in sources(isa_flags).items():
-            obj = work / (source.replace("/", "_") + ".o")
-            objects.append(str(obj))
-            lines += [f"build {obj}: compile {ROOT / source}", f"  flags = {flags}"]
+            places = " ".join(f"-L{path}" for path in (toolkit / "lib64", toolkit / "lib") if path.exists())
+            libraries += f" -ltorch_cuda {places} -lcudart_static -ldl -lrt -lpthread"
+            for name, text in cuda_files().items():
+                generated = temporary / "release" / name
+                if not (ROOT / generated).exists() or (ROOT / generated).read_text() != text:
+                    (ROOT / generated).write_text(text)  # a new time would have ninja compile it again
+                objects.append(f"{generated}.o")
+                rule = "cuda" if name.endswith(".cu") else "compile"
+                lines += [f"build {objects[-1]}: {rule} {generated}", "  flags = -Icsrc"]
         lines += [f"build {target}: link {' '.join(objects)}", f"  libraries = {libraries}", f"default {target}", ""]
-        (work / "build.ninja").write_text("\n".join(lines))
+        manifest = temporary / kind / "build.ninja"
+        (ROOT / manifest).write_text("\n".join(lines))
         verbose = ["-v"] if self.verbose and os.environ.get("VISATTN_VERBOSE") else []
-        subprocess.run(["ninja", "-C", str(work), *verbose], check=True)
+        subprocess.run(["ninja", "-f", str(manifest), *verbose], cwd=ROOT, check=True)
 
 
 without_extension = os.environ.get("VISATTN_NO_EXT") == "1"

@@ -66,7 +66,7 @@ def rows(
 
     Args:
         archs: compute capabilities as nvcc writes them.
-        names: of the files, such as "float16_forward"; all otherwise.
+        names: of the files, such as "float16_forward_8_8"; all otherwise.
         progress: told what is compiled.
         jobs: at once; as many as there are processors otherwise.
 
@@ -119,7 +119,7 @@ def _compile(compiler: str, folder: Path, name: str, text: str, arch: str) -> li
     if done.returncode != 0 or "warning" in done.stderr:
         raise RuntimeError(f"{' '.join(command)} {name}\n{done.stdout}{done.stderr}")
     seconds, size = time.perf_counter() - begun, target.stat().st_size
-    numbers, which = name.split("_")
+    numbers, which = name.split("_")[:2]
     found = []
     pattern = re.compile(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
@@ -186,7 +186,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         lines.append(f"| {' | '.join((*name, *shown))} |")
     totals = []
     for arch in archs:
-        files = {(row["numbers"], row["pass"]): row for row in found if row["arch"] == arch}
+        files = {(row["numbers"], row["pass"], row["d"], row["dv"]): row for row in found if row["arch"] == arch}
         seconds = sum(row["file_seconds"] for row in files.values())
         size = sum(row["file_bytes"] for row in files.values())
         totals.append(f"{seconds / 60:.0f} min, {size / 2**20:.1f} MB")
@@ -194,13 +194,9 @@ def table(found: Sequence[dict[str, Any]]) -> str:
 
 
 def summary() -> str:
-    """The record as Markdown.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The record as Markdown."""
     if not FILE.exists():
-        raise ValueError(f"there is no record {FILE}; make it with: make cuda-check")
+        return "There is no record yet."
     record = json.loads(FILE.read_text())
     return (
         f"nvcc {record['nvcc']}: registers of a thread, and bytes of them that are spilled.\n\n{table(record['rows'])}"

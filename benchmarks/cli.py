@@ -234,6 +234,7 @@ def _cell_text(cell: Cell) -> str:
 
 @app.command("gpu")
 def gpu_command(
+    engine: Annotated[float, typer.Option(min=0, help="Seconds to build the compiled part.")] = gpu.Budgets().engine,
     tests: Annotated[float, typer.Option(min=0, help="Seconds for the tests.")] = gpu.Budgets().tests,
     sanitizer: Annotated[float, typer.Option(min=0, help="Seconds for compute-sanitizer.")] = gpu.Budgets().sanitizer,
     benchmark: Annotated[float, typer.Option(min=0, help="Seconds for the benchmark.")] = gpu.Budgets().benchmark,
@@ -247,14 +248,14 @@ def gpu_command(
     is benchmarks/results/gpu.json. A copy of it and of the logs goes to the folder that the variable OUT names, if any.
     """
     if plan:
-        _print_plan(gpu.Budgets(tests, sanitizer, benchmark), workers)
+        _print_plan(gpu.Budgets(engine, tests, sanitizer, benchmark), workers)
         return
     if not gpu_record.gpu_seen():
         raise _fail("make gpu needs an NVIDIA GPU, and torch finds none here. Nothing was run, nothing was written.")
     print(gpu.about_the_machine(), flush=True)
     record = gpu.resumed(fresh=fresh)
     driver = gpu.Driver(
-        record, gpu.Budgets(tests, sanitizer, benchmark), workers, say=lambda text: print(text, flush=True)
+        record, gpu.Budgets(engine, tests, sanitizer, benchmark), workers, say=lambda text: print(text, flush=True)
     )
     passed = driver.everything()
     print(f"\n{gpu_record.render(record)}", flush=True)
@@ -265,7 +266,8 @@ def gpu_command(
 def _print_plan(budgets: gpu.Budgets, workers: int) -> None:
     """What `gpu` would do."""
     names = gpu.collect()
-    print(f"tests, at most {budgets.tests:.0f} s, {workers} processes, in this order ({len(names)}):")
+    print(f"compiled part, at most {budgets.engine:.0f} s, unless it is built: {' '.join(gpu.ENGINE_COMMAND)}")
+    print(f"\ntests, at most {budgets.tests:.0f} s, {workers} processes, in this order ({len(names)}):")
     print("\n".join(names))
     print(f"\ncompute-sanitizer, at most {budgets.sanitizer:.0f} s: {gpu.find_sanitizer() or 'not installed'}")
     print("\n".join(gpu_record.TOOLS))
@@ -472,7 +474,7 @@ def cells_command(
     arch: Annotated[
         list[str] | None, typer.Option(help="Architectures such as 90a; 80, 90a, 100, 120 otherwise.")
     ] = None,
-    file: Annotated[list[str] | None, typer.Option(help="Files such as float16_forward; all otherwise.")] = None,
+    file: Annotated[list[str] | None, typer.Option(help="Files such as float16_forward_8_8; all otherwise.")] = None,
     to: Annotated[Path | None, typer.Option("--out", help="Where to; results/cells.json if all were compiled.")] = None,
 ) -> None:
     """Compile the CUDA kernels with nvcc, and tell what they take; no GPU is needed."""

@@ -1,7 +1,7 @@
 """`make gpu`: the GPU tier, compute-sanitizer and the benchmark, in under ten minutes; a second call does what is left.
 
 Each part is a process with a limit of its own. It is told to begin nothing new shortly before, and stopped at it; what
-it did until then counts. Nothing is installed, and nothing but `build/`, the two records and $OUT is written.
+it did until then counts. Nothing is installed; written are the compiled part, `build/`, the two records and $OUT.
 """
 
 from __future__ import annotations
@@ -45,14 +45,15 @@ _SANITIZED = "sanitized:"  # tests/gpu/sanitized.py ends with it
 class Budgets:
     """Seconds after which each part is stopped; 0 leaves it out."""
 
-    tests: float = 260.0
-    sanitizer: float = 100.0
-    benchmark: float = 180.0
+    engine: float = 200.0
+    tests: float = 150.0
+    sanitizer: float = 80.0
+    benchmark: float = 120.0
 
     @property
     def total(self) -> float:
         """Of a whole call, at most."""
-        return START + self.tests + self.sanitizer + self.benchmark
+        return START + self.engine + self.tests + self.sanitizer + self.benchmark
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,11 @@ class Job:
         command: what is run, in the repository.
         environment: what is added to this process's.
         log: where its output goes.
-        nice: whether it makes way for others.
     """
 
     command: Sequence[str]
     environment: dict[str, str]
     log: Path
-    nice: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,11 +97,15 @@ def processes(jobs: Sequence[Job], limit: float) -> list[Ended]:
         for job in jobs:
             with job.log.open("wb") as output:
                 # A group of its own to be stopped by, in the same session, so that it ends with this program.
-                command = ["nice", *job.command] if job.nice else list(job.command)
                 environment = {**os.environ, **job.environment}
                 running.append(
                     subprocess.Popen(
-                        command, cwd=ROOT, env=environment, stdout=output, stderr=output, preexec_fn=os.setpgrp
+                        list(job.command),
+                        cwd=ROOT,
+                        env=environment,
+                        stdout=output,
+                        stderr=output,
+                        preexec_fn=os.setpgrp,
                     )
                 )
         while len(ended) < len(jobs) and time.monotonic() - start < limit:
@@ -157,22 +160,41 @@ class Driver:
         start = time.monotonic()
         self.work.mkdir(parents=True, exist_ok=True)
         self.record.calls += 1
-        before = self.record.seconds
+        before, spare = self.record.seconds, 0.0  # what a part leaves over is the next one's
         try:
             for part, limit in (
+                (self.engine, self.budgets.engine),
                 (self.tests, self.budgets.tests),
                 (self.sanitizer, self.budgets.sanitizer),
                 (self.benchmark, self.budgets.benchmark),
             ):
                 if limit > 0:
-                    part(limit)
+                    begun = time.monotonic()
+                    part(limit + spare)
+                    spare = max(0.0, spare + limit - (time.monotonic() - begun))
                     self.record.seconds = round(before + time.monotonic() - start, 1)
                     self.record.save(self.path)
         finally:
             self._copies()
         return not self.record.failures
 
-    # The tests, and beside them whether the C++ engine builds here.
+    # The compiled part, with the CUDA kernels for this GPU alone.
+
+    def engine(self, limit: float) -> None:
+        """Build it into the package, unless it was: what compiled before a limit is not compiled again."""
+        record = self.record
+        if record.engine is not None and record.engine.state == "passed":
+            self.say("C++ and CUDA: built before")
+            return
+        log = self.work / "engine.log"
+        self.say(f"C++ and CUDA: at most {limit:.0f} s, log in {log}")
+        (ended,) = self.run([Job(ENGINE_COMMAND, {"TORCH_CUDA_ARCH_LIST": capability()}, log)], limit)
+        state = "unfinished" if ended.code is None else "passed" if ended.code == 0 else "failed"
+        message = "" if state == "passed" else f"the compiled part does not build: {_tail(log)}"
+        record.engine = Outcome(state, ended.seconds, message[:300])
+        self.say(f"C++ and CUDA: {'built' if state == 'passed' else message[:300]}")
+
+    # The tests.
 
     def tests(self, limit: float) -> None:
         """Run the tests that have not passed, those that failed before last."""
@@ -196,9 +218,7 @@ class Driver:
         output = self.work / "tests.log"
         self.say(f"tests: at most {limit:.0f} s, {self.workers} processes, log in {output}")
         jobs = [Job(tier_command(self.workers), self._environment(), output)]
-        if record.engine is None:
-            jobs.append(Job(engine_command(self.work), {}, self.work / "engine.log", nice=True))
-        code, *engine = self.run(jobs, limit)
+        (code,) = self.run(jobs, limit)
         if collected.exists():
             record.collected = json.loads(collected.read_text())
         if log.exists():
@@ -208,11 +228,6 @@ class Driver:
         if code.code not in (0, 1, 5, None) or not record.collected:
             message = f"exit status {code.code}: {_tail(output)}"
             record.tests["pytest"] = Outcome("failed", code.seconds, message[:300])
-        if engine:
-            state = "unfinished" if engine[0].code is None else "passed" if engine[0].code == 0 else "skipped"
-            message = "" if state == "passed" else f"the C++ engine does not build: {_tail(self.work / 'engine.log')}"
-            record.engine = Outcome(state, engine[0].seconds, message[:300])
-            self.say(f"C++ engine: {'builds with this torch' if state == 'passed' else message[:300]}")
         counts = {state: len(record.having(state)) for state in ("passed", "failed", "skipped", "unfinished")}
         self.say(f"tests: {', '.join(f'{n} {state}' for state, n in counts.items())}, {len(record.left)} left")
 
@@ -320,10 +335,16 @@ def benchmark_command(resume: bool, stop_after: float) -> list[str]:
     return [*command, "--resume"] if resume else command
 
 
-def engine_command(work: Path) -> list[str]:
-    """Build the C++ engine, beside the package and not into it: a test that it builds."""
-    where = ["--build-lib", str(work / "engine"), "--build-temp", str(work / "engine")]
-    return [sys.executable, "setup.py", "-q", "build_ext", *where]
+ENGINE_COMMAND = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
+"""Builds the compiled part into the package."""
+
+
+def capability() -> str:
+    """The compute capability of the GPU, as TORCH_CUDA_ARCH_LIST has it."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    return f"{major}.{minor}"
 
 
 def verdict(text: str, ended: Ended) -> Outcome:

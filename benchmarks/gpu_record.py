@@ -59,7 +59,7 @@ class Record:
         collected: every test of the tier, in the order in which they run.
         tests: what became of those that began.
         sanitizer: what became of each tool that began.
-        engine: whether the C++ engine builds with this torch.
+        engine: whether the compiled part, with the CUDA kernels, builds with this torch.
         benchmark: {"cells", "of", "refused", "state", "message"}; empty before it began.
     """
 
@@ -106,7 +106,8 @@ class Record:
     @property
     def failures(self) -> list[str]:
         """One line for everything that failed."""
-        lines = [f"{name}: {one.message}" for name, one in self.having("failed").items()]
+        lines = [f"the compiled part: {self.engine.message}"] if self.engine and self.engine.state == "failed" else []
+        lines += [f"{name}: {one.message}" for name, one in self.having("failed").items()]
         lines += [
             f"compute-sanitizer {tool}: {one.message}" for tool, one in self.sanitizer.items() if one.state == "failed"
         ]
@@ -118,7 +119,7 @@ class Record:
     @property
     def remaining(self) -> list[str]:
         """One line for every part that is not done."""
-        lines = []
+        lines = ["the compiled part"] if self.engine is None or self.engine.state == "unfinished" else []
         if not self.collected:
             lines.append("every test: none was collected")
         elif self.left:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -20,8 +22,13 @@ def run(*command: str, cwd: Path, **environment: str) -> str:
 
 
 def copy_source(to: Path) -> Path:
-    """A copy of what a build needs, without anything built."""
+    """A copy of what a build needs, with the objects of this checkout's own build, if there are any.
+
+    ninja decides what of them is out of date; what a build has compiled already with the same flags it takes as it is.
+    """
     ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    for built in (ROOT / "build").glob("temp*"):
+        shutil.copytree(built, to / "build" / built.name)
     for name in ("csrc", "visattn_kernels"):
         shutil.copytree(ROOT / name, to / name, ignore=ignore)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
@@ -33,3 +40,15 @@ def pytest_on(source: Path) -> list[str]:
     """The command that runs this checkout's tests on another copy's package."""
     config = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
     return [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", f"pythonpath={source}", *config]
+
+
+def sanitized_environment(folder: Path) -> dict[str, str]:
+    """What the environment of a process that loads a sanitized library has, or a skip."""
+    compiler = os.environ.get("CXX", "c++")
+    # The sanitizer must find the C++ runtime at its start, or it cannot intercept exceptions.
+    names = ("libasan.so", "libstdc++.so")
+    found = [run(compiler, f"-print-file-name={name}", cwd=folder).strip() for name in names]
+    if not all(Path(path).is_absolute() for path in found):
+        pytest.skip(f"{compiler} lacks one of {names}")
+    options = "detect_leaks=0:allocator_may_return_null=1"
+    return {"VISATTN_SANITIZE": "1", "LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": options}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -25,6 +26,7 @@ from visattn_kernels import (
     Window,
     reference,
 )
+from visattn_kernels.backends import cells, cuda
 from visattn_kernels.patterns import Pattern, Size
 from visattn_kernels.terms import TERM_TENSORS, Term
 
@@ -222,6 +224,59 @@ def inputs(case: Case) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def fitted(
+    case: Case, turn: int = 0, numbers: str | None = None, among: Collection[tuple[int, int]] | None = None
+) -> Case | None:
+    """A case as the CUDA backend takes it, which is compiled for some widths alone; None if its tolerance has no room.
+
+    Args:
+        case: of which D and Dv become those of a cell that has the case's kind.
+        turn: which of these cells; small ones, so that the references stay quick.
+        numbers: a key of `cells.NUMBERS`; of the case's dtype otherwise.
+        among: D and Dv of the cells that there are; all otherwise.
+    """
+    if set(case.pattern.reach(Size(*case.queries), Size(*case.keys))) == {1} and case.dtype.itemsize == 2:
+        return None  # the gradient of a score is then little but the rounding of out, as with one key left (`_all`)
+    needs = cells.KINDS.index(cuda.kind_of(case.pattern, [term.kind for term in case.terms]))
+    numbers = numbers or cuda.DTYPES[case.dtype]
+    widths = [
+        (d, dv)
+        for d, dv, named in cells.CELLS
+        if d + dv <= 64
+        and (among is None or (d, dv) in among)
+        and max(map(cells.KINDS.index, cells.kinds(numbers, named))) >= needs
+    ]
+    d, dv = widths[turn % len(widths)]
+    return replace(case, head_dim=d, value_dim=dv)
+
+
+def cuda_problems(kind: str) -> tuple[tuple[Pattern, tuple[TermCase, ...]], ...]:
+    """Patterns and terms that make the most of a kind of CUDA kernel."""
+    bias, query, key, value, key_bias = (options[0] for options in TERM_CASES)
+    return {
+        "kPlain": ((Global(), ()), (Window(7, shift=3), ())),
+        "kMasked": ((Neighborhood(5), ()), (CrissCross(), ())),
+        "kBias": ((Window(7, shift=3), (bias,)), (Neighborhood(5), (bias, key_bias))),
+        "kVectors": (
+            (Global(), (query,)),
+            (Row(), (query, key, value)),
+            (Neighborhood(3), (bias, query, key, value, key_bias)),
+        ),
+    }[kind]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For the reference on small maps: a second thread is waited for longer than it works, and more so where as many
+    processes as there are cores run tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def differentiate(forward, tensors: dict[str, torch.Tensor], wanted) -> dict[str, torch.Tensor]:
     """Results and gradients of `forward(q, k, v, **term tensors) -> (out, lse)`; `wanted` names what requires grad."""
     names = [name for name in ("q", "k", "v", *TERM_TENSORS) if name in tensors]
@@ -234,6 +289,7 @@ def differentiate(forward, tensors: dict[str, torch.Tensor], wanted) -> dict[str
     return {"out": out.detach(), "lse": lse.detach(), **{f"grad_{n}": g for n, g in zip(wanted, grads, strict=True)}}
 
 
+@one_thread()
 def truth(case: Case, tensors: dict[str, torch.Tensor], tf32: bool = False):
     """R and L of a case on tensors of its shapes: results and gradients in float64 (and the policy's bounds), and
     eagerly in its dtype, with TF32 products if these are meant."""
@@ -250,6 +306,25 @@ def truth(case: Case, tensors: dict[str, torch.Tensor], tf32: bool = False):
     exact["bound"] = element_bound(doubles["q"], doubles["k"], doubles["v"], *call)
     exact["sizes"] = gradient_sizes(doubles, case.pattern, case.true_scale, terms)
     return exact, eager
+
+
+@cache
+@one_thread()
+def expected_map(case: Case) -> tuple[list[tuple[int, int]], dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """Some points of a case's map, and R and L of its rows there (`map`) and of its column sums (`received`)."""
+    tensors = inputs(case)
+    q, k, terms = tensors["q"], tensors["k"], case.build_terms(tensors)
+    height, width = case.queries
+    points = [(0, 0), (height - 1, width - 1), (height // 2, width // 3), (0, 0)]
+    call = {"pattern": case.pattern, "scale": case.true_scale}
+    dense = reference.probabilities(q, k, **call, terms=terms)  # L: eager in the case's dtype
+    ys, xs = torch.tensor(points).T
+    rows = dense[:, :, ys, xs].transpose(1, 2)
+    sums = dense.sum((2, 3)).unflatten(1, (case.kv_heads, -1)).sum(2).permute(0, 2, 3, 1)
+    call["terms"] = case.build_terms({name: x.double() for name, x in tensors.items()})
+    exact_rows = reference.attention_map(q.double(), k.double(), torch.tensor(points), **call)
+    exact_sums = reference.attention_received(q.double(), k.double(), **call)
+    return points, {"map": (exact_rows, rows), "received": (exact_sums, sums)}
 
 
 @cache

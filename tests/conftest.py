@@ -6,8 +6,8 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-# Two workers with two threads each share two cores: a thread that spins while it waits would take another's core. To be
-# set before torch is imported.
+# Two workers share two cores: what does not test threads runs on one, and where there are two in each worker, one that
+# spins while it waits would take another's core. To be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import interpreter
@@ -22,13 +22,21 @@ from visattn_kernels.backends import cpu, triton
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def pytest_report_header() -> str:
     reasons = cpu.unavailable()
     return f"cpu backend: {'; '.join(reasons) if reasons else cpu.isa()}, torch {torch.__version__}"
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """For the CPU engine, whose threads divide its work."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

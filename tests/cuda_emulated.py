@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -14,40 +13,53 @@ import pytest
 import torch
 import torch.utils.cpp_extension as torch_build
 from building import ROOT
-from cases import Case
+from cases import Case, fitted
 from compiled import stamped
 
 from visattn_kernels.backends import cuda
-from visattn_kernels.backends.cells import CELLS, KINDS, kinds, sources
-from visattn_kernels.patterns import Size
+from visattn_kernels.backends.cells import CELLS, sources, table
 
 SCHEDULES = range(6)
 FLAGS = (
     "-std=c++17 -O1 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-maybe-uninitialized "
     "-DVISATTN_EMULATED -DTORCH_TARGET_VERSION=0x020a000000000000"
 )
-SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g"
+SANITIZED = os.environ.get("VISATTN_SANITIZE") == "1"
+"""Whether this process has AddressSanitizer, and builds with it: fewer widths, since such builds are slow."""
+SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
 
-WIDTHS = {
+WIDTHS: dict[str, list[tuple[int, int]]] = {
     "float16": [(d, dv) for d, dv, _ in CELLS],
     "float32": [(d, dv) for d, dv, _ in CELLS],
     "bfloat16": [(8, 8), (16, 32)],
     "tf32": [(8, 8), (16, 32)],
 }
 """D and Dv that are compiled for the emulator: what differs between dtypes does not between all of the widths."""
+NARROW: dict[str, list[tuple[int, int]]] = {
+    "float16": [(8, 8), (16, 32)],
+    "float32": [(8, 8)],
+    "bfloat16": [],
+    "tf32": [],
+}
+"""Those of a sanitized build."""
+if SANITIZED:
+    WIDTHS = NARROW
 
 
-def build(csrc: Path = ROOT / "csrc", widths: dict[str, list[tuple[int, int]]] = WIDTHS, flags: str = "") -> Path:
+def build(
+    csrc: Path = ROOT / "csrc", widths: dict[str, list[tuple[int, int]]] = WIDTHS, sanitize: bool = SANITIZED
+) -> Path:
     """The library that registers the operators for CPU tensors, from `build/tests` if the same one is there."""
     compiler = os.environ.get("CXX", "c++")
     if not (shutil.which(compiler) and shutil.which("ninja")):
         pytest.skip(f"there is no C++ compiler {compiler}, or no ninja")
     includes = " ".join(f"-isystem {path}" for path in torch_build.include_paths())
     libraries = " ".join(f"-L{path}" for path in torch_build.library_paths()) + " -ltorch_cpu -lc10"
+    flags = SANITIZE if sanitize else ""
     texts: dict[str, str] = {}
     for numbers, listed in widths.items():
-        cells = tuple(cell for cell in CELLS if cell[:2] in listed)
-        texts |= {name: text for name, text in sources(cells).items() if name.startswith(f"{numbers}_")}
+        texts |= sources([cell for cell in CELLS if cell[:2] in listed], [numbers])
+    texts["cells"] = table(texts)
     headers = sorted(path for part in ("", "cuda", "emulator", "binding") for path in (csrc / part).glob("*.*"))
     key = [compiler, FLAGS, flags, torch.__version__, *texts.values()]
 
@@ -88,24 +100,11 @@ def control(schedule: int = 0, max_grid_x: int = 0) -> None:
     torch.ops.visattn_emulator.control(schedule, max_grid_x)
 
 
-def fitted(cases: Iterable[Case], numbers: str | None = None) -> list[Case]:
-    """The cases that the kernels take, with widths of cells: those of D and Dv in turn that have the case's kind."""
+def taken(cases: Iterable[Case], numbers: str | None = None) -> list[Case]:
+    """The cases that the kernels take, with widths of cells that are compiled here, in turn."""
     found: dict[Case, None] = {}
-    turn = 0
-    for case in cases:
-        one_key = set(case.pattern.reach(Size(*case.queries), Size(*case.keys))) == {1}
-        if one_key and case.dtype.itemsize == 2:
-            continue  # the gradient of a score is then little but the rounding of out, as with one key left (cases.py)
-        needs = cuda.kind_of(case.pattern, [term.kind for term in case.terms])
-        dtype = numbers or cuda.DTYPES[case.dtype]
-        options = [
-            (d, dv)
-            for d, dv, named in CELLS
-            if max(map(KINDS.index, kinds(dtype, named))) >= KINDS.index(needs)
-            and d + dv <= 64
-            and (d, dv) in WIDTHS[dtype]
-        ]
-        d, dv = options[turn % len(options)]
-        turn += 1
-        found[replace(case, head_dim=d, value_dim=dv)] = None
+    for turn, case in enumerate(cases):
+        among = WIDTHS[numbers or cuda.DTYPES[case.dtype]]
+        if (fit := fitted(case, turn, numbers, among)) is not None:
+            found[fit] = None
     return list(found)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import CASES, DTYPES, PATTERNS, TERM_CASES, Case, TermCase, differentiate, hold, inputs, short
+from cases import CASES, DTYPES, PATTERNS, TERM_CASES, Case, TermCase, differentiate, expected_map, hold, inputs, short
 from conftest import poison
 from tolerance import check
 
@@ -15,7 +15,10 @@ from visattn_kernels import reference
 from visattn_kernels.backends import cpu
 from visattn_kernels.terms import TERM_TENSORS
 
-pytestmark = pytest.mark.skipif(bool(cpu.unavailable()), reason="; ".join(cpu.unavailable()))
+pytestmark = [
+    pytest.mark.skipif(bool(cpu.unavailable()), reason="; ".join(cpu.unavailable())),
+    pytest.mark.usefixtures("two_threads"),
+]
 
 
 EVERYTHING = tuple(options[0] for options in TERM_CASES)  # every term
@@ -35,8 +38,9 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def on_each_isa(cases: list[Case]) -> pytest.MarkDecorator:
-    """Every case on every instruction set; avx512_bf16 differs from avx512 in bfloat16 alone."""
-    pairs = [(isa, case) for isa in ISAS for case in cases if isa != "avx512_bf16" or case.dtype == torch.bfloat16]
+    """Every case on every instruction set, one after the other, so that a process computes what it expects once;
+    avx512_bf16 differs from avx512 in bfloat16 alone."""
+    pairs = [(isa, case) for case in cases for isa in ISAS if isa != "avx512_bf16" or case.dtype == torch.bfloat16]
     ids = [f"{isa}-{case.id}" for isa, case in pairs]
     return pytest.mark.parametrize(("isa", "case"), pairs, indirect=["isa"], ids=ids)
 
@@ -64,30 +68,18 @@ def test_forward_and_backward(case: Case, isa: str) -> None:
 def test_map_and_received(case: Case, isa: str) -> None:
     tensors = inputs(case)
     q, k, terms = tensors["q"], tensors["k"], case.build_terms(tensors)
-    height, width = case.queries
-    points = [(0, 0), (height - 1, width - 1), (height // 2, width // 3), (0, 0)]
+    points, both = expected_map(case)
     call = {"pattern": case.pattern, "scale": case.scale, "terms": terms, "backend": "cpu"}
     with poison():
         rows = va.attention_map(q, k, points, **call)
         sums = va.attention_received(q, k, **call)
-    call = {"pattern": case.pattern, "scale": case.true_scale, "terms": terms}
-    dense = reference.probabilities(q, k, **call)  # L: eager in the case's dtype
-    exact_terms = case.build_terms({name: x.double() for name, x in tensors.items()})
-    for name, x, function, args in (
-        ("map", rows, reference.attention_map, (torch.tensor(points),)),
-        ("received", sums, reference.attention_received, ()),
-    ):
-        exact = function(q.double(), k.double(), *args, **{**call, "terms": exact_terms})
-        if name == "map":
-            ys, xs = torch.tensor(points).T
-            eager = dense[:, :, ys, xs].transpose(1, 2)
-        else:
-            eager = dense.sum((2, 3)).unflatten(1, (case.kv_heads, -1)).sum(2).permute(0, 2, 3, 1)
+    for name, x in (("map", rows), ("received", sums)):
+        exact, eager = both[name]
         check(name, x, exact, eager, case.dtype)
         assert x[exact == 0].eq(0).all(), f"{name}: weight in a masked place"
     if case.batch and case.keeps_weight:
         torch.testing.assert_close(rows.sum((-1, -2)), torch.ones(case.batch, 4, case.heads, dtype=rows.dtype))
-        total = float(case.heads * height * width)
+        total = float(case.heads * case.queries[0] * case.queries[1])
         torch.testing.assert_close(sums.sum((1, 2, 3)), torch.full((case.batch,), total, dtype=sums.dtype))
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
+import building
 import cuda_emulated as emulated
 import pytest
 import torch
-from cases import CASES, PATTERNS, TERM_CASES, Case, TermCase, differentiate, hold, inputs, short
+from building import ROOT
+from cases import CASES, PATTERNS, TERM_CASES, Case, TermCase, cuda_problems, differentiate, hold, inputs, short
 from conftest import poison
 from tolerance import check
 
@@ -44,7 +49,8 @@ def run(case: Case) -> dict[str, torch.Tensor]:
         return differentiate(attend(case), inputs(case), case.wanted)
 
 
-RUN = emulated.fitted(case for case in CASES if case.dtype in (torch.float32, torch.float16))
+RUN = emulated.taken(case for case in CASES if case.dtype in (torch.float32, torch.float16))
+RUN = RUN[::6] if emulated.SANITIZED else RUN
 
 
 @pytest.mark.parametrize("case", RUN, ids=lambda case: case.id)
@@ -64,12 +70,7 @@ CELL_CASES = [
     for dtype, numbers in ((torch.float16, "float16"), (torch.bfloat16, "bfloat16"), (torch.float32, "float32"))
     if (d, dv) in emulated.WIDTHS[numbers]
     for kind in kinds(numbers, named)
-    for pattern, terms in {
-        "kPlain": ((va.Global(), ()), (va.Window(7, shift=3), ())),
-        "kMasked": ((va.Neighborhood(5), ()), (va.CrissCross(), ())),
-        "kBias": ((va.Window(7, shift=3), EVERYTHING[:1]), (va.Neighborhood(5), (EVERYTHING[0], EVERYTHING[-1]))),
-        "kVectors": ((va.Global(), EVERYTHING[1:2]), (va.Row(), EVERYTHING[1:4]), (va.Neighborhood(3), EVERYTHING)),
-    }[kind]
+    for pattern, terms in cuda_problems(kind)
 ]  # fmt: skip
 
 
@@ -79,7 +80,7 @@ def test_every_cell(case: Case) -> None:
     hold(case, run(case))
 
 
-SMALL = emulated.fitted(
+SMALL = emulated.taken(
     Case(dtype=torch.float16, batch=1, queries=grid, keys=grid, kv_heads=1, pattern=pattern, terms=terms)
     for pattern, grid in PATTERNS
     for terms in ((), EVERYTHING)
@@ -116,7 +117,7 @@ def test_many_stages(case: Case, schedule: int) -> None:
     hold(case, run(case))
 
 
-@pytest.mark.parametrize("case", emulated.fitted([case for case in CASES if case.dtype == torch.float32][::7], "tf32"),
+@pytest.mark.parametrize("case", emulated.taken([case for case in CASES if case.dtype == torch.float32][::7], "tf32"),
                          ids=lambda case: case.id)  # fmt: skip
 def test_tf32(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
@@ -225,3 +226,13 @@ def test_memory_that_a_block_has_not_is_a_reason(terms, span: int | None) -> Non
     runs = [length for length in (40, 80, 160, 320, 640, 1280) if "shared memory" not in attend_row(length)[1]]
     assert runs
     hold(attend_row(runs[-1])[0], run(attend_row(runs[-1])[0]))
+
+
+@pytest.mark.skipif(emulated.SANITIZED, reason="this is the process that it starts")
+def test_sanitizers_are_silent(tmp_path: Path) -> None:
+    """Every memory access of the kernels, by AddressSanitizer and UndefinedBehaviorSanitizer."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", __file__]
+    emulated.build(widths=emulated.NARROW, sanitize=True)  # here, where the compiler has no sanitizer itself
+    chosen = "test_forward_and_backward or test_every_cell or test_many_stages or test_nan_never_leaks"
+    text = building.run(*command, "-k", chosen, cwd=ROOT, **building.sanitized_environment(tmp_path))
+    assert re.search(r"\d{3,} passed", text), text

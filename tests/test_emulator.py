@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import building
 import compiled
 import pytest
 from building import ROOT, run
@@ -629,15 +630,9 @@ def sanitized_environment(tmp_path: Path) -> dict[str, str]:
     """For a process that loads the sanitized module."""
     if SANITIZED:
         pytest.skip("under the sanitizers already")
-    compiler = os.environ.get("CXX", "c++")
-    # The sanitizer must find the C++ runtime at its start, or it cannot intercept exceptions.
-    names = ("libasan.so", "libstdc++.so")
-    found = [run(compiler, f"-print-file-name={name}", cwd=tmp_path).strip() for name in names]
-    if not all(Path(path).is_absolute() for path in found):
-        pytest.skip(f"{compiler} lacks one of {names}")
+    environment = building.sanitized_environment(tmp_path)
     compiled.build_emulated(*SANITIZE)  # here, where the compiler is not under the sanitizer itself
-    options = "detect_leaks=0:allocator_may_return_null=1"
-    return {"VISATTN_SANITIZE": "1", "LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": options}
+    return environment
 
 
 def test_sanitizers_are_silent(tmp_path: Path) -> None:

@@ -16,7 +16,10 @@ import visattn_kernels as va
 from visattn_kernels.backends import cpu
 from visattn_kernels.patterns import Pattern
 
-pytestmark = pytest.mark.skipif(bool(cpu.unavailable()), reason="; ".join(cpu.unavailable()))
+pytestmark = [
+    pytest.mark.skipif(bool(cpu.unavailable()), reason="; ".join(cpu.unavailable())),
+    pytest.mark.usefixtures("two_threads"),
+]
 
 Results = dict[str, torch.Tensor]
 

@@ -18,7 +18,10 @@ from visattn_kernels.backends import cpu
 from visattn_kernels.patterns import BORDERS, PATTERN_FIELDS, PATTERN_KINDS, Pattern, Size
 from visattn_kernels.terms import TERM_TENSORS
 
-pytestmark = pytest.mark.skipif(bool(cpu.unavailable()), reason="; ".join(cpu.unavailable()))
+pytestmark = [
+    pytest.mark.skipif(bool(cpu.unavailable()), reason="; ".join(cpu.unavailable())),
+    pytest.mark.usefixtures("two_threads"),
+]
 
 SETTINGS = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
@@ -60,9 +63,10 @@ def term_cases(draw: st.DrawFn, kind: str) -> TermCase:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
-    side = st.integers(1, 12)
-    kv_heads = draw(st.integers(1, 3))
+def cases(draw: st.DrawFn, sides: int = 12, groups: int = 3) -> Case:
+    """A problem of any pattern, terms, layouts and widths, on grids and with groups of heads of at most so many."""
+    side = st.integers(1, sides)
+    kv_heads = draw(st.integers(1, groups))
     queries = draw(side), draw(side)
     keys = queries if draw(st.booleans()) else (draw(side), draw(side))
     pattern = draw(patterns(queries)) if keys == queries else va.Global()
@@ -73,7 +77,7 @@ def cases(draw: st.DrawFn) -> Case:
         batch=draw(st.integers(0, 3)),
         queries=queries,
         keys=keys,
-        heads=kv_heads * draw(st.integers(1, 3)),
+        heads=kv_heads * draw(st.integers(1, groups)),
         kv_heads=kv_heads,
         head_dim=draw(st.integers(1, 40)),
         value_dim=draw(st.integers(1, 40)),
@@ -100,7 +104,7 @@ def test_random_problems(case: Case) -> None:
 @pytest.mark.filterwarnings("ignore:.*encountered.*:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:Conversion of an array.*:DeprecationWarning")
 @settings(SETTINGS, max_examples=40)
-@given(cases())
+@given(cases(10, 2))  # more than a tile of queries and of keys; each program takes the interpreter about as long
 def test_random_problems_by_triton(case: Case) -> None:
     case = replace(case, dtype=torch.float16 if case.dtype.itemsize == 2 else torch.float32)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -158,7 +159,7 @@ def test_a_second_call_runs_what_has_not_passed_and_what_failed_last(at: Path) -
     assert not passed
     assert (len(known.having("passed")), list(known.having("failed")), len(known.left)) == (5, [bad], 2)
     assert known.failures == [f"{bad}: AssertionError: `out` is wrong"]
-    assert known.remaining[0] == "2 of 8 tests"
+    assert known.remaining[0] == "2 of 8 tests"  # and not the compiled part
     assert [one.state for one in known.sanitizer.values()] == ["passed"] * 4
     assert known.engine == Outcome("passed", 2.0)
     assert (at / "copies" / "gpu.json").read_text() == (at / "gpu.json").read_text()
@@ -229,7 +230,8 @@ def test_what_is_not_done_is_not_called_passed(at: Path, monkeypatch: pytest.Mon
 
     passed, known = call(at, Broken(NAMES), record())
     assert not passed
-    assert known.failures[0] == "pytest: exit status 4: ImportError: no xdist"
+    assert known.failures[0].endswith("does not build: ImportError: no xdist")
+    assert known.failures[1] == "pytest: exit status 4: ImportError: no xdist"
     assert "every test: none was collected" in known.remaining
 
 
@@ -251,7 +253,7 @@ def test_what_was_cut_off_is_left_and_a_crash_keeps_its_message() -> None:
     text = gpu_record.render(known)
     assert "- `a: illegal memory access`" in text
     assert "Skipped: needs 50 GB (1)." in text
-    assert "Left to run: 2 of 4 tests; compute-sanitizer memcheck, racecheck" in text
+    assert "Left to run: the compiled part; 2 of 4 tests; compute-sanitizer memcheck, racecheck" in text
 
 
 def test_a_record_goes_on_only_with_the_same_code_and_kind_of_gpu(
@@ -279,7 +281,7 @@ def test_a_record_goes_on_only_with_the_same_code_and_kind_of_gpu(
 
 def test_processes_are_stopped_at_the_limit_with_all_that_they_started(tmp_path: Path) -> None:
     quick = Job(["sh", "-c", "echo $VISATTN_X; exit 3"], {"VISATTN_X": "hello"}, tmp_path / "quick")
-    slow = Job(["sh", "-c", "sleep 60 & echo $! ; wait"], {}, tmp_path / "slow", nice=True)
+    slow = Job(["sh", "-c", "sleep 60 & echo $! ; wait"], {}, tmp_path / "slow")
     start = time.monotonic()
     ended = gpu.processes([quick, slow], 1.0)
     assert time.monotonic() - start < 15
@@ -295,6 +297,33 @@ def test_processes_are_stopped_at_the_limit_with_all_that_they_started(tmp_path:
 
 def test_all_parts_together_take_less_than_ten_minutes() -> None:
     assert Budgets().total < 600
+
+
+def test_what_does_not_build_is_a_failure_and_tried_again(at: Path) -> None:
+    class Broken(Machine):
+        codes: tuple[int | None, ...] = (1, None, 0)
+        built = 0
+
+        def one(self, job: Job, limit: float) -> Ended:
+            if "setup.py" in " ".join(job.command):
+                assert re.fullmatch(r"\d+\.\d", job.environment["TORCH_CUDA_ARCH_LIST"])
+                job.log.write_text("error: no such instruction\n")
+                self.built += 1
+                return Ended(self.codes[self.built - 1], 2.0)
+            return super().one(job, limit)
+
+    here = Broken(NAMES)
+    passed, known = call(at, here, record())
+    assert not passed
+    assert known.failures == ["the compiled part: the compiled part does not build: error: no such instruction"]
+    passed, known = call(at, here, known)
+    assert passed
+    assert known.remaining[0] == "the compiled part"
+    passed, known = call(at, here, known)
+    assert passed
+    assert known.engine == Outcome("passed", 2.0)
+    call(at, here, known)
+    assert here.built == 3
 
 
 # What a person sees.
@@ -317,7 +346,7 @@ def test_the_plan_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     done = CliRunner().invoke(cli.app, ["gpu", "--plan"])
     assert done.exit_code == 0
     lines = done.output.splitlines()
-    assert lines[1:9] == NAMES
+    assert lines[3:11] == NAMES
     assert [line for line in lines if line in TOOLS] == list(TOOLS)
     assert lines.index("swin-b-s1 bfloat16 forward") < lines.index("image-320x213 float32 both")
     assert lines[-1] == f"at most {Budgets().total:.0f} s in all"
@@ -333,6 +362,7 @@ def test_the_summary_in_the_documents(tmp_path: Path, monkeypatch: pytest.Monkey
         collected=NAMES,
         tests={name: Outcome("passed", 1.0) for name in NAMES[:6]},
         sanitizer={tool: Outcome("passed", 9.0) for tool in TOOLS},
+        engine=Outcome("passed", 100.0),
         benchmark={"cells": 5, "of": 5, "refused": [], "state": "ran", "message": ""},
     )
     text = gpu_record.render(known)

@@ -18,7 +18,7 @@ needs_engine = pytest.mark.skipif(bool(cpu.unavailable()), reason="; ".join(cpu.
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A copy of what a build needs, without anything built."""
+    """A copy of what a build needs."""
     return copy_source(tmp_path / "source")
 
 

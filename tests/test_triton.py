@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, PATTERNS, TERM_CASES, Case, TermCase, differentiate, hold, inputs, short
+from cases import CASES, PATTERNS, TERM_CASES, Case, TermCase, differentiate, expected_map, hold, inputs, short
 from conftest import poison
 from tolerance import check
 
@@ -61,20 +61,13 @@ READ = [
 def test_map_and_received(case: Case) -> None:
     tensors = inputs(case)
     q, k, terms = tensors["q"], tensors["k"], case.build_terms(tensors)
-    height, width = case.queries
-    points = [(0, 0), (height - 1, width - 1), (height // 2, width // 3)]
+    points, both = expected_map(case)
     call = {"pattern": case.pattern, "scale": case.scale, "terms": terms, "backend": "triton"}
     with poison():
         rows = va.attention_map(q, k, points, **call)
         sums = va.attention_received(q, k, **call)
-    call = {"pattern": case.pattern, "scale": case.true_scale}
-    dense = reference.probabilities(q, k, **call, terms=terms)  # L: eager in the case's dtype
-    exact_terms = case.build_terms({name: x.double() for name, x in tensors.items()})
-    exact = reference.probabilities(q.double(), k.double(), **call, terms=exact_terms)
-    ys, xs = torch.tensor(points).T
-    grouped = [x.sum((2, 3)).unflatten(1, (case.kv_heads, -1)).sum(2).permute(0, 2, 3, 1) for x in (exact, dense)]
-    picked = [x[:, :, ys, xs].transpose(1, 2) for x in (exact, dense)]
-    for name, x, (true, eager) in (("map", rows, picked), ("received", sums, grouped)):
+    for name, x in (("map", rows), ("received", sums)):
+        true, eager = both[name]
         check(name, x, true, eager, case.dtype)
         assert x[true == 0].eq(0).all(), f"{name}: weight in a masked place"
 

@@ -3,27 +3,6 @@
 
 namespace visattn::cuda {
 
-using CellTable = const Entry* (*)();
-
-// The generated files of visattn_kernels/backends/cells.py.
-#define VISATTN_PASSES(numbers)                                                                    \
-  const Entry* cells_##numbers##_forward();                                                        \
-  const Entry* cells_##numbers##_queries();                                                        \
-  const Entry* cells_##numbers##_keys();                                                           \
-  const Entry* cells_##numbers##_delta();                                                          \
-  constexpr CellTable kTables_##numbers[] = {cells_##numbers##_forward, cells_##numbers##_queries, \
-                                             cells_##numbers##_keys, cells_##numbers##_delta};
-
-VISATTN_PASSES(float32)
-VISATTN_PASSES(tf32)
-VISATTN_PASSES(bfloat16)
-VISATTN_PASSES(float16)
-
-const Entry* cells(Numbers numbers, Pass pass) {
-  constexpr const CellTable* kAll[] = {kTables_float32, kTables_tf32, kTables_bfloat16, kTables_float16};
-  return kAll[int(numbers)][int(pass)]();
-}
-
 Kind kind_of(const Call& call) {
   for (int term = 0; term < kVectorTerms; ++term)
     if (call.has_vector(VectorTerm(term))) return Kind::kVectors;
@@ -53,10 +32,11 @@ Chosen choose(const Call& call, Pass pass, Numbers numbers) {
   const int number = numbers == Numbers::kFloat32 || numbers == Numbers::kTf32 ? 4 : 2;
   const Entry* found = nullptr;
   const Kind kind = kind_of(call);
-  for (const Entry* e = cells(numbers, pass); e->launch; ++e) {
-    const bool fits = pass == Pass::kDelta || (e->d == p.head_dim && e->dv == p.value_dim && e->kind >= kind);
-    if (fits && (!found || e->kind < found->kind)) found = e;
-  }
+  for (const CellTable* table = cells(numbers, pass); *table; ++table)
+    for (const Entry* e = (*table)(); e->launch; ++e) {
+      const bool fits = pass == Pass::kDelta || (e->d == p.head_dim && e->dv == p.value_dim && e->kind >= kind);
+      if (fits && (!found || e->kind < found->kind)) found = e;
+    }
   Chosen chosen{found ? found->launch : nullptr, {}};
   if (!found || pass == Pass::kDelta) return chosen;
   chosen.plan = cut_of(call, pass);

@@ -1,7 +1,7 @@
 // The CUDA backend as C++ sees it: which cells there are, and launches of them. No torch, no CUDA header.
 //
 // A cell is a kernel compiled for a dtype, D, Dv and a kind. setup.py names them (from
-// visattn_kernels/backends/cells.py) and compiles instantiate.cu once for each dtype and pass.
+// visattn_kernels/backends/cells.py) and compiles instantiate.cuh once for each dtype, pass, D and Dv.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +21,9 @@ struct Entry {
   Launch launch;
 };
 
-// The cells of a dtype and pass, ended by one whose launch is null.
-const Entry* cells(Numbers numbers, Pass pass);
+// The entries of one file, ended by one whose launch is null; and the files of a dtype and pass, ended by null.
+using CellTable = const Entry* (*)();
+const CellTable* cells(Numbers numbers, Pass pass);
 
 // The least kind of kernel that a call needs.
 Kind kind_of(const Call& call);

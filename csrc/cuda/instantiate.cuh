@@ -1,4 +1,4 @@
-// The cells of one dtype and pass. Included by generated files of a few lines, after
+// The cells of one dtype, pass, D and Dv. Included by generated files of a few lines, after
 //
 //     #define VISATTN_ELEMENT   Half, BFloat16, float or Tf32
 //     VISATTN_PASS       kForward, kQueries, kKeys or kDelta

@@ -62,8 +62,11 @@ struct Args {
   Plan plan;
 };
 
-constexpr int kTileBytes = 512;    // of the tile, at the start of shared memory
-constexpr int64_t kShares = 1024;  // blocks among which tiles are dealt where tables want gradients
+constexpr int kTileBytes = 512;  // of the tile, at the start of shared memory
+
+// Where tables want gradients, tiles are dealt among so many blocks, and their shares take so many bytes at most,
+// unless one share of each head is more. Fixed, so that bits do not depend on the device.
+constexpr int64_t kShares = 1024, kSharesBytes = int64_t(1) << 26;
 
 // The cut of one part of a call, before memory is laid out.
 inline Plan cut_of(const Call& call, Pass pass) {
@@ -97,7 +100,8 @@ inline Plan cut_of(const Call& call, Pass pass) {
   plan.deal = plan.tiles * p.batch;
   if (call.partial_size > 0) {
     const int64_t heads = of_keys ? p.kv_heads : p.heads;
-    plan.deal = least(plan.deal, kShares / heads > 0 ? kShares / heads : 1);
+    const int64_t shares = least(kShares / heads, kSharesBytes / (4 * p.heads * call.partial_size));
+    plan.deal = least(plan.deal, shares > 0 ? shares : 1);
   }
   return plan;
 }

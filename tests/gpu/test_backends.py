@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
@@ -48,15 +49,15 @@ def test_auto_takes_one_for_gpus_without_a_warning() -> None:
     [
         (lambda: torch.zeros(1, 2, 2, 1, 8), "the tensors are on cpu, not on a GPU"),
         (lambda: torch.zeros(1, 2, 2, 1, 8, dtype=torch.float64, device="cuda"), "the dtype is float64"),
-        (lambda: torch.zeros(1, 2, 2, 1, 513, device="cuda"), "at most 512"),
+        (lambda: torch.zeros(1, 2, 2, 1, 513, device="cuda"), "at most 512|not one of"),
     ],
     ids=["on the CPU", "float64", "D 513"],
 )
 def test_what_it_cannot_run_it_says(backend: str, make, reason: str) -> None:
     q = make()
-    with pytest.raises(RuntimeError, match=rf"backend='{backend}'\. It cannot: .*{reason}"):
+    with pytest.raises(RuntimeError, match=rf"backend='{backend}'\. It cannot: .*({reason})"):
         va.attention(q, q, q, backend=backend)
-    assert reason in va.explain(q, q, q)
+    assert re.search(reason, va.explain(q, q, q))
 
 
 def test_the_cpu_engine_does_not_take_a_gpus_tensors() -> None:

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, Case, differentiate, hold, inputs
+from cases import CASES, Case, cuda_problems, differentiate, hold, inputs
 from tolerance import check
 
 import visattn_kernels as va
-from gpu.common import DTYPES, all_to_cpu, all_to_gpu, attend, each_backend, named, poisoned
+from gpu.common import (
+    BACKENDS,
+    DTYPES,
+    all_to_cpu,
+    all_to_gpu,
+    as_taken,
+    attend,
+    each_backend,
+    each_of_any_width,
+    each_reader,
+    named,
+    poisoned,
+)
 from visattn_kernels import reference
+from visattn_kernels.backends import cells, cuda
 
 RUN = [case for case in CASES if case.dtype in DTYPES]
 
@@ -28,6 +41,7 @@ def test_tf32(case: Case, backend: str, tf32: None) -> None:
 
 def run_and_hold(case: Case, backend: str, tf32: bool = False) -> None:
     """Forward and backward, poisoned, against the policy."""
+    case = as_taken(case, backend)
     tensors = all_to_gpu(inputs(case))
     # The backward runs while differentiate does; the forward poisons itself.
     results = poisoned(differentiate)(attend(case, backend), tensors, case.wanted)
@@ -39,7 +53,7 @@ def run_and_hold(case: Case, backend: str, tf32: bool = False) -> None:
 READ = [case for case in RUN if case.needs == "qkv" and (len(case.terms) in (0, 5) or case.pattern == va.CrissCross())]
 
 
-@each_backend
+@each_reader
 @pytest.mark.parametrize("case", READ, ids=lambda case: case.id)
 def test_map_and_received(case: Case, backend: str) -> None:
     tensors = inputs(case)
@@ -62,7 +76,7 @@ def test_map_and_received(case: Case, backend: str) -> None:
         assert x[true == 0].eq(0).all(), f"{name}: weight in a masked place"
 
 
-@each_backend
+@each_reader
 def test_points_outside_a_map_are_nan_rows(backend: str) -> None:
     """A tensor of points on the GPU is not waited for: `torch.compile` hands such to the operator."""
     from visattn_kernels import ops
@@ -74,10 +88,28 @@ def test_points_outside_a_map_are_nan_rows(backend: str) -> None:
     assert rows[:, [0, 3]].isfinite().all()
 
 
-@each_backend
+@each_of_any_width
 @pytest.mark.parametrize("dtype", DTYPES, ids=named)
 @pytest.mark.parametrize("width", [96, 128, 200, 257, 512])
 def test_wide_heads(width: int, dtype: torch.dtype, backend: str) -> None:
     """Every row of the tables of tiles, several tiles of each."""
     case = Case(dtype, 1, (9, 13), (9, 13), 1, 1, width, width - 3)
     run_and_hold(case, backend)
+
+
+CELLS = [
+    Case(
+        dtype, 2, (14, 15), (14, 15), 4, 2, d, dv, pattern=pattern, terms=terms,
+    )
+    for d, dv, named_kinds in cells.CELLS
+    for dtype in DTYPES
+    for kind in cells.kinds(cuda.DTYPES[dtype], named_kinds)
+    for pattern, terms in cuda_problems(kind)
+]  # fmt: skip
+
+
+@pytest.mark.skipif("cuda" not in BACKENDS, reason="the CUDA backend is not available")
+@pytest.mark.parametrize("case", CELLS, ids=lambda case: case.id)
+def test_every_cell(case: Case) -> None:
+    """Every kernel that is compiled."""
+    run_and_hold(case, "cuda")

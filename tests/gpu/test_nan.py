@@ -8,7 +8,7 @@ from cases import PATTERNS, Case, differentiate, inputs, short
 from tolerance import check
 
 import visattn_kernels as va
-from gpu.common import DTYPES, KEPT, all_to_cpu, all_to_gpu, attend, each_backend, named
+from gpu.common import DTYPES, KEPT, all_to_cpu, all_to_gpu, as_taken, attend, each_backend, named
 from visattn_kernels import reference
 from visattn_kernels.terms import TERM_TENSORS
 
@@ -19,6 +19,7 @@ from visattn_kernels.terms import TERM_TENSORS
 @pytest.mark.parametrize("pattern", [pattern for pattern, grid in PATTERNS if grid == (7, 11)], ids=short)
 def test_nan_never_leaks(pattern, where: str, dtype: torch.dtype, backend: str) -> None:
     case = Case(dtype, 2, (7, 11), (7, 11), 2, 1, 3, 2, pattern=pattern, terms=KEPT)
+    case = as_taken(case, backend)
     tensors = inputs(case)
     tensors["key_bias"][1, 2, 2] = -torch.inf
     tensors["k"][1, 2, 2] = torch.nan  # removed: reaches nothing
@@ -43,6 +44,7 @@ def test_nan_never_leaks(pattern, where: str, dtype: torch.dtype, backend: str) 
 @pytest.mark.parametrize("pattern", [va.Global(), va.Neighborhood(3)], ids=short)
 def test_nan_and_inf_reach_what_they_reach_in_the_reference(pattern, dtype, where: str, value: float, backend) -> None:
     case = Case(dtype, 1, (7, 9), (7, 9), head_dim=3, value_dim=4, pattern=pattern, needs="")
+    case = as_taken(case, backend)
     tensors = inputs(case)
     tensors[where][0, 2, 3, 1, 0] = value
     moved = all_to_gpu(tensors)
@@ -58,7 +60,7 @@ def test_nan_and_inf_reach_what_they_reach_in_the_reference(pattern, dtype, wher
 @pytest.mark.parametrize("dtype", DTYPES, ids=named)
 @pytest.mark.parametrize("pattern", [va.Global(), va.Window(3), va.CrissCross()], ids=short)
 def test_queries_with_no_key(pattern, dtype: torch.dtype, backend: str) -> None:
-    case = Case(dtype, pattern=pattern, terms=KEPT)
+    case = as_taken(Case(dtype, pattern=pattern, terms=KEPT), backend)
     tensors = inputs(case)
     tensors["key_bias"][1] = -torch.inf
     results = differentiate(attend(case, backend), all_to_gpu(tensors), case.wanted)

@@ -7,7 +7,7 @@ import torch
 from cases import Case, differentiate, inputs, short
 
 import visattn_kernels as va
-from gpu.common import KEPT, all_to_gpu, attend, each_backend, named, same_bits
+from gpu.common import KEPT, all_to_gpu, as_taken, attend, each_backend, named, same_bits
 
 REPEATS, BATCH = 250, 64
 
@@ -28,6 +28,7 @@ PATTERNS = [
 def test_repeats_give_the_same_bits(pattern, dtype: torch.dtype, backend: str) -> None:
     """Forward and backward with every term, at a batch that fills the GPU several times over."""
     case = Case(dtype, BATCH, (14, 15), (14, 15), 4, 2, 16, 16, pattern=pattern, terms=KEPT)
+    case = as_taken(case, backend)
     tensors = all_to_gpu(inputs(case))
     call = attend(case, backend)
     first = differentiate(call, tensors, case.wanted)
@@ -44,6 +45,7 @@ def test_repeats_give_the_same_bits(pattern, dtype: torch.dtype, backend: str) -
 @pytest.mark.parametrize("pattern", PATTERNS, ids=short)
 def test_a_map_alone_gives_the_bits_that_it_has_in_a_batch(pattern, dtype: torch.dtype, backend: str) -> None:
     case = Case(dtype, 3, (14, 15), (14, 15), 4, 2, 16, 16, pattern=pattern, terms=KEPT)
+    case = as_taken(case, backend)
     tensors = all_to_gpu(inputs(case))
     call = attend(case, backend)
     every = differentiate(call, tensors, case.wanted)

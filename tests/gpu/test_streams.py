@@ -7,7 +7,7 @@ import torch
 from cases import Case, differentiate, inputs, short
 
 import visattn_kernels as va
-from gpu.common import EVERYTHING, all_to_gpu, attend, each_backend, named
+from gpu.common import EVERYTHING, all_to_gpu, attend, each_backend, each_reader, named
 
 CYCLES = 2_000_000_000
 """About a second: whoever does not wait for it is done long before."""
@@ -56,7 +56,7 @@ def test_a_side_stream_that_sleeps_first(case: Case, backend: str) -> None:
     assert_same(results, wanted)
 
 
-@each_backend
+@each_reader
 @pytest.mark.parametrize("pattern", [va.Global(), va.CrissCross()], ids=short)
 def test_the_map_on_a_side_stream(pattern, backend: str) -> None:
     q = torch.randn(2, 9, 11, 2, 8, device="cuda")
