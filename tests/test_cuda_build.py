@@ -46,7 +46,14 @@ def test_the_files_name_every_cell_once() -> None:
 def test_the_binding_compiles_against_any_torch(tmp_path: Path) -> None:
     compiler = os.environ.get("CXX", "c++")
     includes = [f"-isystem{path}" for path in torch_build.include_paths()]
-    flags = "-std=c++17 -Wall -Wextra -Werror -fvisibility=hidden -DTORCH_TARGET_VERSION=0x020a000000000000".split()
+    flags = [
+        "-std=c++17",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-fvisibility=hidden",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    ]
     run(compiler, *flags, "-fsyntax-only", *includes, str(ROOT / "csrc/binding/cuda_ops.cpp"), cwd=tmp_path)
 
 
