@@ -82,9 +82,18 @@ def cuda_files() -> dict[str, str]:
     return {**{f"{name}.cu": text for name, text in files.items()}, "cells.cpp": CELLS["table"](files)}
 
 
-def gencode(nvcc: str) -> str:
-    """Nvcc's flags for the architectures that are compiled for."""
-    known = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout
+def nvcc() -> str:
+    """The CUDA compiler."""
+    import torch.utils.cpp_extension as torch_build
+
+    return str(Path(str(torch_build.CUDA_HOME)) / "bin" / "nvcc")
+
+
+def gencode() -> str:
+    """Nvcc's flags for the architectures that are compiled for; PTX for the last, unless it was asked otherwise."""
+    if no_cuda():
+        return ""
+    known = subprocess.run([nvcc(), "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
     flags = []
     for arch in re.split(r"[;, ]+", (asked or CUDA_ARCHS).strip()):
@@ -100,6 +109,9 @@ def gencode(nvcc: str) -> str:
             continue
         flags.append(f"-gencode arch=compute_{number},code=sm_{number}")
         flags += [f"-gencode arch=compute_{number},code=compute_{number}"] if ptx else []
+    if flags and not asked and "code=compute" not in flags[-1]:  # nvcc does not know the last of the list
+        number = flags[-1].rpartition("_")[2]
+        flags.append(f"-gencode arch=compute_{number},code=compute_{number}")
     if not flags:
         raise RuntimeError(f"expected an architecture from 8.0 up, but got TORCH_CUDA_ARCH_LIST={asked!r}")
     return " ".join(flags)
@@ -117,9 +129,10 @@ def sources(isa_flags: dict[str, str]) -> dict[str, str]:
     includes = " ".join(f"-isystem {path}" for path in torch_build.include_paths())
     binding = f"{TORCH_TARGET} {includes}"
     python = f"{PYTHON_TARGET} -isystem {sysconfig.get_path('include')}"
+    cuda = f"-DVISATTN_NO_CUDA={quoted(no_cuda())} -DVISATTN_GENCODE={quoted(gencode())}"
     isas = isa_flags if X86 else {"plain": ""}
     return {
-        "csrc/binding/module.cpp": f"{python} -DVISATTN_NO_CUDA={quoted(no_cuda())}",
+        "csrc/binding/module.cpp": f"{python} {cuda}",
         "csrc/binding/cpu_ops.cpp": binding,
         **({} if no_cuda() else {"csrc/binding/cuda_ops.cpp": binding, "csrc/cuda/choose.cpp": ""}),
         "csrc/cpu/dispatch.cpp": "",
@@ -173,10 +186,9 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
             lines += [f"build {obj}: compile {source}", f"  flags = {flags}"]
         if not no_cuda():
             toolkit = Path(str(torch_build.CUDA_HOME))
-            nvcc = toolkit / "bin" / "nvcc"
             lines += [
                 "rule cuda",
-                f"  command = {nvcc} -MD -MF $out.d {CUDA_COMMON} {gencode(str(nvcc))} -Icsrc -c $in -o $out",
+                f"  command = {nvcc()} -MD -MF $out.d {CUDA_COMMON} {gencode()} -Icsrc -c $in -o $out",
                 "  deps = gcc",
                 "  depfile = $out.d",
             ]

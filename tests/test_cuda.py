@@ -17,7 +17,7 @@ from conftest import poison
 from tolerance import check
 
 import visattn_kernels as va
-from visattn_kernels import reference
+from visattn_kernels import ops, reference
 from visattn_kernels.backends import cuda
 from visattn_kernels.backends.cells import CELLS, kinds
 from visattn_kernels.terms import TERM_TENSORS
@@ -105,7 +105,12 @@ LARGE = [
     Case(dtype=dtype, batch=1, queries=grid, keys=grid, heads=1, kv_heads=1, head_dim=d, value_dim=dv, pattern=pattern,
          terms=terms)
     for dtype, (d, dv) in ((torch.float16, (16, 32)), (torch.float32, (8, 8)))
-    for pattern, grid in ((va.Global(), (13, 17)), (va.Neighborhood(7, border="zero"), (13, 23)), (va.Row(), (2, 100)))
+    for pattern, grid in (
+        (va.Global(), (13, 17)),
+        (va.Neighborhood((1, 11)), (2, 27)),
+        (va.Neighborhood(7, border="zero"), (13, 23)),
+        (va.Row(), (2, 100)),
+    )
     for terms in ((), EVERYTHING)
 ]  # fmt: skip
 
@@ -168,6 +173,8 @@ def test_nan_never_leaks(pattern, where: str, dtype: torch.dtype) -> None:
     exact = differentiate(formula, {name: x.double() for name, x in tensors.items()}, case.wanted)
     for name, x in results.items():
         assert torch.equal(x.isnan(), exact[name].isnan()), name
+        there = exact[name].isfinite()
+        assert (x.double() - exact[name])[there].abs().max() <= 0.02 * exact[name][there].abs().max(), name
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -226,6 +233,56 @@ def test_memory_that_a_block_has_not_is_a_reason(terms, span: int | None) -> Non
     runs = [length for length in (40, 80, 160, 320, 640, 1280) if "shared memory" not in attend_row(length)[1]]
     assert runs
     hold(attend_row(runs[-1])[0], run(attend_row(runs[-1])[0]))
+
+
+@pytest.mark.parametrize("kilobytes", [99, 163])
+@pytest.mark.parametrize("dtype", cuda.DTYPES)
+def test_what_is_accepted_fits_smaller_gpus_too(dtype: torch.dtype, kilobytes: int, monkeypatch) -> None:
+    """Of the widest cells some do not fit 8.6, 8.9 and 12.0: that is a reason, not a launch that fails."""
+    monkeypatch.setattr(cuda, "_most_shared", lambda: kilobytes * 1024)
+    refused = []
+    for d, dv, _ in CELLS:
+        q, v = torch.zeros(1, 8, 8, 1, d, dtype=dtype), torch.zeros(1, 8, 8, 1, dv, dtype=dtype)
+        text = next(line for line in va.explain(q, q, v).splitlines() if line.startswith("cuda"))
+        if "shared memory" in text:
+            refused.append((d, dv))
+    assert refused == ([(128, 128)] if dtype == torch.float32 and kilobytes == 99 else [])
+
+
+@pytest.mark.parametrize(
+    ("gencode", "runs"),
+    [
+        ("arch=compute_80,code=sm_80", [(8, 0), (8, 6), (8, 9)]),
+        ("arch=compute_90a,code=sm_90a", [(9, 0)]),
+        ("arch=compute_86,code=sm_86", [(8, 6), (8, 9)]),
+        ("arch=compute_90,code=sm_90 -gencode arch=compute_90,code=compute_90", [(9, 0), (10, 0), (12, 0)]),
+        ("", []),
+    ],
+)
+def test_which_gpus_run_what_was_compiled(gencode: str, runs: list[tuple[int, int]]) -> None:
+    known = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
+    assert [capability for capability in known if cuda.has_code(gencode, capability)] == runs
+
+
+def test_either_way_to_ask_for_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's newer setting, beside which the older one cannot be read."""
+    q = torch.randn(1, 5, 7, 1, 8)
+    exact = va.attention(q, q, q, backend="cuda")
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    rounded = va.attention(q, q, q, backend="cuda")
+    assert not torch.equal(exact, rounded)
+    assert (exact - rounded).abs().max() < 1e-2
+    half = q.half()
+    assert va.attention(half, half, half, backend="cuda").isfinite().all()
+
+
+def test_sizes_beyond_a_block_are_refused_by_the_operator() -> None:
+    """Where products of sizes leave 32 bits, of tables that take no memory."""
+    q = torch.zeros(1, 4, 4, 1, 8)
+    table = torch.zeros(1, 1, 1).expand(1, 59_999, 59_999)
+    terms = [table, *ops.NO_TERMS[1:]]
+    with pytest.raises(RuntimeError, match=r"visattn: expected .*bytes of shared memory"):
+        torch.ops.visattn.cuda_launch_forward(q, q, q, *terms, 1.0, 1.0, 1.0, va.Window(30_000).encode(), False)
 
 
 @pytest.mark.skipif(emulated.SANITIZED, reason="this is the process that it starts")

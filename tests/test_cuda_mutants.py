@@ -305,8 +305,8 @@ FAULTS = (
     (
         "an entry next to the offset's",
         BLOCK,
-        "table_entry(«span.first + e», call.problem.reach(axis));\n    load_row",
-        "greatest(span.first + e - 1, 1 - call.problem.reach(axis))",
+        "table_entry(«span.first + e», plan.reach[axis]);\n    load_row",
+        "greatest(span.first + e - 1, 1 - plan.reach[axis])",
         "terms",
     ),
     ("a span that ends early", BLOCK, "int(least(last, k - 1) - from + «1»)", "0", "terms"),

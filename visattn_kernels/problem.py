@@ -21,6 +21,14 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def tf32_products() -> bool:
+    """Whether torch's settings let float32 products be TF32.
+
+    `allow_tf32` would be the same question, and raises where the newer settings were used.
+    """
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
 @dataclass(frozen=True)
 class Problem:
     """What is asked, without the data.

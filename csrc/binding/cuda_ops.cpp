@@ -56,13 +56,18 @@ Numbers numbers_of(const Problem& p, bool tf32) {
   }
 }
 
+constexpr int64_t kMostShared = 227 * 1024;  // of a block, on any GPU
+
 cuda::Chosen checked(const Call& call, Pass pass, Numbers numbers) {
   const cuda::Chosen chosen = cuda::choose(call, pass, numbers);
   const Problem& p = call.problem;
   if (!chosen.launch)
     fail("a cell that was compiled", "q.shape",
          text({p.batch, p.queries.h, p.queries.w, p.heads, p.head_dim}) + " with Dv=" + std::to_string(p.value_dim));
-  if (int64_t(chosen.plan.box_h) * chosen.plan.box_w >= int64_t(1) << 30)
+  if (chosen.plan.bytes > kMostShared)
+    fail("blocks that need at most " + std::to_string(kMostShared) + " bytes of shared memory", "q.shape",
+         text({p.queries.h, p.queries.w}) + ", which takes " + std::to_string(chosen.plan.bytes));
+  if (int64_t(chosen.plan.box_h) * chosen.plan.box_w >= cuda::kMost)
     fail("fewer than 2^30 positions on the other side of a block", "q.shape",
          text({p.queries.h, p.queries.w}) + " and keys=" + text({p.keys.h, p.keys.w}));
   return chosen;

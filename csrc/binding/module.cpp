@@ -17,15 +17,16 @@ PyObject* isa(PyObject*, PyObject*) {
   }
 }
 
-// (built, why not): VISATTN_NO_CUDA is what setup.py found, empty if nothing stood in the way.
+// (built, why not or for what): VISATTN_NO_CUDA is what setup.py found, empty if nothing stood in the way, then
+// VISATTN_GENCODE is what nvcc was told.
 PyObject* cuda(PyObject*, PyObject*) {
   const char* const reason = VISATTN_NO_CUDA;
   PyObject* const built = PyBool_FromLong(*reason == 0);
-  return Py_BuildValue("(Ns)", built, reason);
+  return Py_BuildValue("(Ns)", built, *reason ? reason : VISATTN_GENCODE);
 }
 
 PyMethodDef methods[] = {{"isa", isa, METH_NOARGS, "The instruction set that the CPU engine uses."},
-                         {"cuda", cuda, METH_NOARGS, "Whether the CUDA kernels were built, and why not."},
+                         {"cuda", cuda, METH_NOARGS, "Whether the CUDA kernels were built, and why not, or for what."},
                          {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

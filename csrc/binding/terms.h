@@ -104,7 +104,7 @@ inline bool of_keys(int slot) { return slot == table_slot(kKeyTerm, 0) || slot =
 // Where the gradients of tables lie in a share, and how large it is.
 inline void lay_out_share(Call& call, const std::vector<int>& slots) {
   const Problem& p = call.problem;
-  call.partial_size = 0;
+  call.partial_size = 0, call.partials = nullptr;
   for (int64_t& offset : call.partial_offset) offset = -1;
   for (int slot : slots) {
     call.partial_offset[slot] = call.partial_size;

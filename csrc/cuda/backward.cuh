@@ -76,8 +76,7 @@ struct Backward : Block<C, kPass> {
     }
     if constexpr (C::kBias) {
       if (plan.bias_sums >= 0)
-        for (int e = thread(); e < this->entries_w() * int(table_entries(call.problem.reach(0))); e += kThreads)
-          shared<float>(plan.bias_sums)[e] = 0;
+        for (int e = thread(); e < plan.entries_w * plan.entries_h; e += kThreads) shared<float>(plan.bias_sums)[e] = 0;
     }
   }
 
@@ -176,7 +175,7 @@ struct Backward : Block<C, kPass> {
       }
       if (plan.bias_sums >= 0) {
         float* const to = partials() + call.partial_offset[0];
-        for (int e = thread(); e < this->entries_w() * int(table_entries(call.problem.reach(0))); e += kThreads)
+        for (int e = thread(); e < plan.entries_w * plan.entries_h; e += kThreads)
           to[e] += shared<float>(plan.bias_sums)[e];
       }
     }

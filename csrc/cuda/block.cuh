@@ -157,8 +157,6 @@ struct Block {
            !(tile.part.others && far.y == r.place.y && far.x == r.place.x);
   }
 
-  VISATTN_DEVICE int entries_w() const { return int(table_entries(call.problem.reach(1))); }
-
   // Into scores: the factor, what the terms add, and -inf where there is no pair. Keys take their own bias from
   // `row_bias`.
   VISATTN_DEVICE void add_terms(float (&scores)[kChunks][4], int stage, int start, uint32_t groups,
@@ -201,7 +199,7 @@ struct Block {
 
   VISATTN_DEVICE int bias_entry(Place near, Place far) const {
     const int y = kOfKeys ? near.y - far.y : far.y - near.y, x = kOfKeys ? near.x - far.x : far.x - near.x;
-    return int(table_entry(y, call.problem.reach(0))) * entries_w() + int(table_entry(x, call.problem.reach(1)));
+    return (y + plan.reach[0] - 1) * plan.entries_w + x + plan.reach[1] - 1;
   }
 
   // Whether near rows, not slots, are multiplied with a term's tables.
@@ -222,7 +220,7 @@ struct Block {
   VISATTN_DEVICE Span span_of(int axis) const {
     const Box& keys = kOfKeys ? tile.own : tile.far;
     const Box& queries = kOfKeys ? tile.far : tile.own;
-    const int64_t k = call.problem.reach(axis);
+    const int64_t k = plan.reach[axis];
     const int64_t first = axis ? keys.x - queries.x - queries.w + 1 : keys.y - queries.y - queries.h + 1;
     const int64_t last = axis ? keys.x + keys.w - 1 - queries.x : keys.y + keys.h - 1 - queries.y;
     const int64_t from = greatest(first, 1 - k);
@@ -238,7 +236,7 @@ struct Block {
     const int64_t bytes = int64_t(sizeof(T));
     const bool vector = table.column == 1 && table.entry * bytes % 16 == 0 && table.head * bytes % 16 == 0 &&
                         reinterpret_cast<uintptr_t>(table.data) % 16 == 0;
-    const int64_t entry = table_entry(span.first + e, call.problem.reach(axis));
+    const int64_t entry = table_entry(span.first + e, plan.reach[axis]);
     load_row<T, kWidth, kPerRow>(to + slot * (kWidth + C::kVector), present ? base + entry * table.entry : base,
                                  table.column, present, vector, thread() % kPerRow);
   }
@@ -273,6 +271,7 @@ struct Block {
           if (e < span.count && where >= 0 && where < extent) to[where] = x[j][2 * r + c] * factor;
         }
     }
+    sync_warp();  // lanes without a position have gone on to the next collective
   }
 
   // Lookups of the near rows, for the whole tile. Uses the stages.
@@ -472,7 +471,7 @@ struct Block {
         }
         for (int i = 0; i < 2; ++i) {
           if (e + 8 * i >= span.count) continue;
-          float* const entry = partials + to + table_entry(span.first + e + 8 * i, call.problem.reach(axis)) * kWidth;
+          float* const entry = partials + to + table_entry(span.first + e + 8 * i, plan.reach[axis]) * kWidth;
 #pragma unroll
           for (int n = 0; n < kWidth / 8; ++n)
             for (int c = 0; c < 2; ++c) entry[8 * n + 2 * (lane() & 3) + c] += part[n][2 * i + c] * factor;
@@ -493,20 +492,20 @@ struct Block {
   // The bias table's entries, in the units of scores.
   VISATTN_DEVICE void load_bias() const {
     if (plan.bias < 0) return;
-    const int n = entries_w() * int(table_entries(call.problem.reach(0)));
+    const int n = plan.entries_w * plan.entries_h;
     const T* const from = static_cast<const T*>(call.bias.data) + head * call.bias.head;
     for (int e = thread(); e < n; e += kThreads)
       shared<float>(plan.bias)[e] =
-          to_float(from[e / entries_w() * call.bias.entry + e % entries_w() * call.bias.column]) * C::kUnit;
+          to_float(from[e / plan.entries_w * call.bias.entry + e % plan.entries_w * call.bias.column]) * C::kUnit;
   }
 
   // Add the block's staged weights to the sums of the bias table's entries, each by one thread. Between barriers.
   VISATTN_DEVICE void add_staged_bias(int start) const {
-    const int entries = entries_w(), n = entries * int(table_entries(call.problem.reach(0)));
+    const int entries = plan.entries_w, n = entries * plan.entries_h;
     const int width = int(tile.far.w), end = tile.count - start < kSlots ? tile.count - start : kSlots;
     for (int e = thread(); e < n; e += kThreads) {
-      const int dy = e / entries - int(call.problem.reach(0)) + 1 - int(tile.far.y);
-      const int dx = e % entries - int(call.problem.reach(1)) + 1 - int(tile.far.x);
+      const int dy = e / entries - plan.reach[0] + 1 - int(tile.far.y);
+      const int dx = e % entries - plan.reach[1] + 1 - int(tile.far.x);
       float sum = 0;
       for (int r = 0; r < kNear; ++r) {
         const Place p = places()[r];

@@ -49,6 +49,8 @@ struct Plan {
   int64_t deal;                    // blocks that share the tiles of a head
   int box_h, box_w;                // the largest box of far positions
   int own_h, own_w;                // the largest box around a block's near positions
+  int reach[2];                    // K of each axis
+  int entries_h, entries_w;        // of a bias table
   bool vector[4];                  // whether rows of near 1, near 2, far 1, far 2 are copied 16 bytes at a time
   int places = 0, near1 = 0, near2 = 0, stages = 0;
   int stage_bytes = 0, far2 = 0, far_places = 0, far_numbers = 0;  // within a stage: lse and delta, or key biases
@@ -61,6 +63,8 @@ struct Args {
   Call call;
   Plan plan;
 };
+
+constexpr int64_t kMost = int64_t(1) << 30;  // of positions of a box, and of a side of anything
 
 constexpr int kTileBytes = 512;  // of the tile, at the start of shared memory
 
@@ -75,6 +79,8 @@ inline Plan cut_of(const Call& call, Pass pass) {
   const Part part = part_of(p.pattern, call.part, p.queries, p.keys);
   const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
   Plan plan;
+  for (int axis = 0; axis < 2; ++axis) plan.reach[axis] = int(least(p.reach(axis), kMost));
+  plan.entries_h = int(table_entries(plan.reach[0])), plan.entries_w = int(table_entries(plan.reach[1]));
   const int64_t h = part.y.longest(of_keys ? p.keys.h : p.queries.h);
   const int64_t w = part.x.longest(of_keys ? p.keys.w : p.queries.w);
   plan.packed = !part.near();
@@ -91,7 +97,7 @@ inline Plan cut_of(const Call& call, Pass pass) {
   // pushed inside a border meet its keys.
   const auto far = [&](const Axis& axis, int64_t own, int64_t longest) {
     if (!axis.near()) return longest;
-    const int64_t range = least(own - 1 + (of_keys ? 2 : 1) * axis.size, int64_t(1) << 30);
+    const int64_t range = least(own - 1 + (of_keys ? 2 : 1) * axis.size, kMost);
     return axis.border == Border::kZero && !of_keys ? range : least(range, longest);
   };
   plan.box_h = int(far(part.y, plan.own_h, part.y.longest(of_keys ? p.queries.h : p.keys.h)));
@@ -130,9 +136,8 @@ inline void lay_out(Plan& plan, const Call& call, Pass pass, int number, int d, 
     return;
   }
   const auto wants = [&](int slot) { return call.partial_size > 0 && call.wants_table(slot); };
-  const Problem& p = call.problem;
   if (call.bias.data) {
-    const int64_t entries = table_entries(p.reach(0)) * table_entries(p.reach(1));
+    const int64_t all = int64_t(plan.entries_h) * plan.entries_w, entries = all < kMost ? all : kMost;
     plan.bias = take(entries * 4);
     if (backward && wants(0)) plan.bias_sums = take(entries * 4);
   }
@@ -146,18 +151,18 @@ inline void lay_out(Plan& plan, const Call& call, Pass pass, int number, int d, 
     if (term != kValueTerm || backward) {
       v.lookup_h = high ? (near ? plan.box_h : plan.own_h) : 0;
       v.lookup_w = wide ? (near ? plan.box_w : plan.own_w) : 0;
-      v.lookup = take(int64_t(near ? kNear : slots) * ((v.lookup_h + v.lookup_w) | 1) * 4);
-      const auto rows = [&](int n) { return (n + slots - 1) / slots * slots; };
+      v.lookup = take(int64_t(near ? kNear : slots) * ((int64_t(v.lookup_h) + v.lookup_w) | 1) * 4);
+      const auto rows = [&](int64_t n) { return (n + slots - 1) / slots * slots; };
       if (!near)
-        v.table = take(
-            int64_t((high ? rows(plan.box_h + plan.own_h - 1) : 0) + (wide ? rows(plan.box_w + plan.own_w - 1) : 0)) *
-            (width + pad) * number);
+        v.table = take(((high ? rows(int64_t(plan.box_h) + plan.own_h - 1) : 0) +
+                        (wide ? rows(int64_t(plan.box_w) + plan.own_w - 1) : 0)) *
+                       (width + pad) * number);
     }
     // Of values the forward adds the tables' part; the gradient of a table wants the same sums.
     const bool gradient = wants(table_slot(term, 0)) || wants(table_slot(term, 1));
     if (near && (term == kValueTerm ? (backward ? gradient : true) : backward)) {
       v.sums_h = high ? plan.box_h : 0, v.sums_w = wide ? plan.box_w : 0;
-      v.sums = take(int64_t(kNear) * ((v.sums_h + v.sums_w) | 1) * 4);
+      v.sums = take(int64_t(kNear) * ((int64_t(v.sums_h) + v.sums_w) | 1) * 4);
       staged = true;
     }
   }

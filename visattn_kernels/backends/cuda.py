@@ -5,6 +5,7 @@ What is not listed there answers with a reason, and Triton runs it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -14,13 +15,16 @@ from visattn_kernels.backends import cpu
 from visattn_kernels.backends.cells import CELLS, KINDS, kinds
 from visattn_kernels.ops import FAMILIES, implement
 from visattn_kernels.patterns import Column, CrissCross, Neighborhood, Pattern, Row
-from visattn_kernels.problem import Problem
+from visattn_kernels.problem import Problem, tf32_products
 from visattn_kernels.triton.cut import parts_of, sides_of
 from visattn_kernels.triton.structs import NEAR
 
 ABOUT = "CUDA kernels: mma.sync, one pass over a tile's keys, compiled for the widths that models use"
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+MOST = 2**30
+"""Where 32-bit indices of a box of positions end, as `kMost` of csrc/cuda/plan.h."""
 
 emulate = False
 """Whether CPU tensors are taken, for kernels that run in csrc/emulator: a tool of the tests."""
@@ -44,6 +48,20 @@ def _not_built() -> str:
     return "" if built else f"the CUDA kernels were not built: {text}"
 
 
+def has_code(gencode: str, capability: tuple[int, int]) -> bool:
+    """Whether what nvcc was told, such as "arch=compute_80,code=sm_80", makes code that a GPU of a capability runs.
+
+    Machine code runs on the same major number from its own minor one up, that of a variant (90a) on its own alone; PTX
+    is compiled for whatever comes after it, if of no variant.
+    """
+    for kind, digits, variant in re.findall(r"code=(sm|compute)_(\d+)([af]?)", gencode):
+        made = divmod(int(digits), 10)
+        later = made <= capability and (kind == "compute" or made[0] == capability[0])
+        if made == capability or (later and not variant):
+            return True
+    return False
+
+
 @torch.compiler.assume_constant_result  # type: ignore[misc]
 def _no_gpu() -> str:
     """Why torch has no GPU for them, or nothing."""
@@ -54,7 +72,16 @@ def _no_gpu() -> str:
 def _too_old() -> str:
     """Why the current GPU cannot, or nothing; asked of tensors on a GPU alone, since the question starts CUDA."""
     major, minor = torch.cuda.get_device_capability()
-    return "" if major >= 8 else f"the GPU has compute capability {major}.{minor}, not 8.0 or more"
+    if major < 8:
+        return f"the GPU has compute capability {major}.{minor}, not 8.0 or more"
+    import visattn_kernels._C
+
+    text = visattn_kernels._C.cuda()[1]
+    return (
+        ""
+        if has_code(text, (major, minor))
+        else f"they were not compiled for compute capability {major}.{minor}: {text}"
+    )
 
 
 def kind_of(pattern: Pattern, terms: Collection[str]) -> str:
@@ -81,6 +108,12 @@ def unsupported(problem: Problem) -> list[str]:
         return reasons
     if problem.value_dim == 0:
         return [*reasons, "they do not read the map"]
+    if max(problem.queries.height * problem.queries.width, problem.keys.height * problem.keys.width) >= MOST:
+        reasons.append(f"a map may have fewer than {MOST} positions")
+    if isinstance(problem.pattern, Neighborhood) and problem.pattern.border == "zero":
+        height, width = problem.pattern.encode()[1:3]
+        if (height + 64) * (width + 64) >= MOST:
+            reasons.append(f'with border="zero" a kernel may have fewer than {MOST} positions, with those of a block')
     kind = kind_of(problem.pattern, problem.terms)
     listed = {(d, dv): kinds(DTYPES[problem.dtype], named) for d, dv, named in CELLS}
     widths = (problem.head_dim, problem.value_dim)
@@ -90,7 +123,7 @@ def unsupported(problem: Problem) -> list[str]:
     elif max(KINDS.index(other) for other in listed[widths]) < KINDS.index(kind):
         what = {"kVectors": "relative vector terms", "kBias": "RelativeBias or KeyBias", "kMasked": "neighbourhoods"}
         reasons.append(f"no kernel of D {widths[0]} and Dv {widths[1]} has {what[kind]}")
-    if problem.terms and not reasons:
+    if not reasons:
         needed = max(shared_bytes(problem, which) for which in ("forward", "queries", "keys"))
         if needed > _most_shared():
             there = _most_shared()
@@ -112,12 +145,12 @@ def _most_shared() -> int:
 
 
 def shared_bytes(problem: Problem, which: str) -> int:
-    """What a block of a pass with terms has of shared memory at most, with every gradient wanted.
+    """What a block of a pass has of shared memory at most, with every gradient wanted.
 
     `cut_of` and `lay_out` of csrc/cuda/plan.h say what each piece is for.
 
     Args:
-        problem: with a term.
+        problem: one that has a cell.
         which: "forward", "queries" or "keys".
     """
     of_keys, backward = which == "keys", which != "forward"
@@ -172,7 +205,7 @@ def _kernel(which: str) -> Callable[..., Any]:
 
     def run(*args: Any) -> Any:
         launch = getattr(torch.ops.visattn, f"cuda_launch_{which}").default
-        return launch(*args, torch.backends.cuda.matmul.allow_tf32)
+        return launch(*args, tf32_products())
 
     return run
 

@@ -15,7 +15,7 @@ from visattn_kernels.backends import triton as backend
 from visattn_kernels.errors import expected, same, strided
 from visattn_kernels.ops import DIFFERENTIABLE
 from visattn_kernels.patterns import decode
-from visattn_kernels.problem import make_problem
+from visattn_kernels.problem import make_problem, tf32_products
 from visattn_kernels.terms import TERM_TENSORS, terms_of
 from visattn_kernels.triton import launch
 
@@ -38,7 +38,7 @@ def _call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, tensors: Ten
         rule = "a problem that the triton backend can run"
         raise expected(rule, "q", f"{list(q.shape)} on {q.device}", RuntimeError, "; ".join(reasons))
     present = {name: x for name, x in zip(TERM_TENSORS, tensors, strict=True) if x is not None}
-    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = q.dtype == torch.float32 and tf32_products()
     reach = pattern.reach(problem.queries, problem.keys)
     scales = (problem.scale, float(query_scale), float(key_scale))
     return launch.Call(q, k, v, present, tuple(pattern.encode()), reach, scales, _capability(q.device), tf32)
