@@ -413,11 +413,10 @@ def list_command(
 
 
 def _table(*columns: str) -> Table:
-    """A table that stays readable at 80 columns: only the last one wraps."""
+    """A table that stays readable at 80 columns: columns wrap but for the first, and none of it is cut off."""
     shown = Table(box=None, header_style="bold", pad_edge=False)
-    for column in columns[:-1]:
-        shown.add_column(column, no_wrap=True)
-    shown.add_column(columns[-1])
+    for i, column in enumerate(columns):
+        shown.add_column(column, no_wrap=i == 0)
     return shown
 
 

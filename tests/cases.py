@@ -227,7 +227,8 @@ def inputs(case: Case) -> dict[str, torch.Tensor]:
 def fitted(
     case: Case, turn: int = 0, numbers: str | None = None, among: Collection[tuple[int, int]] | None = None
 ) -> Case | None:
-    """A case as the CUDA backend takes it, which is compiled for some widths alone; None if its tolerance has no room.
+    """A case as the CUDA backend takes it, which is compiled for some widths alone; None if there is no
+    cell, or the tolerance has no room.
 
     Args:
         case: of which D and Dv become those of a cell that has the case's kind.
@@ -246,6 +247,8 @@ def fitted(
         and (among is None or (d, dv) in among)
         and max(map(cells.KINDS.index, cells.kinds(numbers, named))) >= needs
     ]
+    if not widths:
+        return None
     d, dv = widths[turn % len(widths)]
     return replace(case, head_dim=d, value_dim=dv)
 

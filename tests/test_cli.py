@@ -307,7 +307,7 @@ def test_a_bar_on_a_terminal_and_nothing_elsewhere(monkeypatch):
         (("attend", "--size", "99999x99999"), ("pixels, but got --size=99999x99999",)),
         (("attend", "--sample", "mars"), ("expected --sample to be one of china, flower, but got --sample=mars",)),
         (("attend", "x.png", "--sample", "china"), ("expected either IMAGE or --sample",)),
-        (("attend", "--backend", "abacus"), ("--backend='abacus'", "auto, cpu, triton, reference")),
+        (("attend", "--backend", "abacus"), ("--backend='abacus'", "auto, cpu, cuda, triton, reference")),
         (("attend", "-o", "out.jpg"), ("expected --output to end in .png or .pdf, but got --output=out.jpg",)),
         (("attend", "-o", "out"), ("but got --output=out",)),
         (("attend", "-o", "nowhere/out.png"), ("a directory that exists, but got --output=nowhere/out.png",)),
