@@ -289,7 +289,7 @@ def test_sizes_beyond_a_block_are_refused_by_the_operator() -> None:
 @pytest.mark.skipif(emulated.SANITIZED, reason="this is the process that it starts")
 def test_sanitizers_are_silent(tmp_path: Path) -> None:
     """Every memory access of the kernels, by AddressSanitizer and UndefinedBehaviorSanitizer."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", __file__]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
     emulated.build(widths=emulated.NARROW, sanitize=True)  # here, where the compiler has no sanitizer itself
     chosen = "test_forward_and_backward or test_every_cell or test_many_stages or test_nan_never_leaks"
     text = building.run(*command, "-k", chosen, cwd=ROOT, **building.sanitized_environment(tmp_path))

@@ -65,7 +65,7 @@ FAULTS = (
         "least(range, longest)",
         "terms",
     ),
-    ("tables shorter than a span", PLAN, "«plan.box_w + plan.own_w - 1»", "plan.box_w", "many_stages"),
+    ("tables shorter than a span", PLAN, "«int64_t(plan.box_w) + plan.own_w - 1»", "plan.box_w", "many_stages"),
     # which groups of slots are skipped
     ("a group's last slot but one more", BLOCK, "left < 16 ? «left - 1» : 15", "left", "neighbourhoods"),
     (
