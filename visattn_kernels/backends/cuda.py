@@ -123,7 +123,7 @@ def unsupported(problem: Problem) -> list[str]:
     elif max(KINDS.index(other) for other in listed[widths]) < KINDS.index(kind):
         what = {"kVectors": "relative vector terms", "kBias": "RelativeBias or KeyBias", "kMasked": "neighbourhoods"}
         reasons.append(f"no kernel of D {widths[0]} and Dv {widths[1]} has {what[kind]}")
-    if not reasons:
+    if not reasons and (emulate or not _no_gpu()):  # without a GPU there is nothing to ask for its memory
         needed = max(shared_bytes(problem, which) for which in ("forward", "queries", "keys"))
         if needed > _most_shared():
             there = _most_shared()
