@@ -14,11 +14,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.utils.cpp_extension as torch_build
 from building import ROOT, copy_source, run
 
 from benchmarks import cells, table
+from visattn_kernels import Global
+from visattn_kernels.backends import cuda
 from visattn_kernels.backends.cells import CELLS, NUMBERS, PASSES, kinds, sources
+from visattn_kernels.patterns import Size
+from visattn_kernels.problem import Problem
 
 NVCC = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
 
@@ -139,3 +144,22 @@ def test_a_file_that_is_not_there_is_refused() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0
     assert "float16_forward_9_9" in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize("extension", [True, False])
+def test_a_gpu_without_these_kernels_is_left_to_triton(extension: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a GPU, but an extension without CUDA, or none: reasons, and nothing that raises."""
+    if extension and cuda.cpu.unavailable():
+        pytest.skip("there is no extension")
+    monkeypatch.setattr(cuda, "_no_gpu", lambda: "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    if not extension:
+        monkeypatch.setattr(cuda.cpu, "_failure", "the extension visattn_kernels._C was not built")
+        monkeypatch.setitem(sys.modules, "visattn_kernels._C", None)  # importing it raises
+    elif cuda._not_built() == "":
+        pytest.skip("the kernels were built")
+    grid = Size(4, 4)
+    plain = Problem("cuda", torch.float16, 1, grid, grid, 1, 1, 8, 8, 1.0, Global())
+    assert cuda.unsupported(plain) == []
+    (reason,) = cuda.unavailable()
+    assert "not built" in reason

@@ -74,6 +74,8 @@ def _too_old() -> str:
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
         return f"the GPU has compute capability {major}.{minor}, not 8.0 or more"
+    if _not_built():
+        return ""  # which is reason enough, and there may be no extension to ask
     import visattn_kernels._C
 
     text = visattn_kernels._C.cuda()[1]
