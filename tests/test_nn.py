@@ -1,0 +1,131 @@
+"""Every module of `visattn_kernels.nn` against the dense formula of its paper, and as a module among torch's."""
+
+from __future__ import annotations
+
+import io
+import pickle
+
+import pytest
+import torch
+import torch._dynamo
+from modules import CountCopies, Row, close, copied, maps, normal, ready, results
+from nn_global import ROWS as GLOBAL_ROWS
+from torch import nn
+
+import visattn_kernels.nn as vn
+from visattn_kernels.backends import cpu
+
+pytestmark = pytest.mark.skipif(bool(cpu.unavailable()), reason="; ".join(cpu.unavailable()))
+
+ROWS = GLOBAL_ROWS
+each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+MODES = [(row, training) for row in ROWS for training in ((False, True) if row.training else (False,))]
+
+
+def on(modes: list[tuple[Row, bool]]):
+    """Parametrize by modules in evaluation or training."""
+    ids = [f"{row.name}-{'training' if training else 'evaluation'}" for row, training in modes]
+    return pytest.mark.parametrize(("row", "training"), modes, ids=ids)
+
+
+each_mode = on(MODES)
+
+
+def test_every_module_has_a_row() -> None:
+    made = {type(part).__name__ for row in ROWS for part in row.make().modules()}
+    assert made >= {name for name in vn.__all__ if isinstance(getattr(vn, name), type)}
+
+
+@each_mode
+def test_dense(row: Row, training: bool) -> None:
+    """Results, gradients, and what training leaves in the buffers; in either memory format, and of a slice."""
+    for size in row.sizes:
+        for x in maps(row, size):
+            ours, theirs = ready(row, training), ready(row, training)
+            got = results(ours, ours, x)
+            close(got, results(theirs, lambda x, theirs=theirs: row.dense(theirs, x), x))
+            close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
+
+
+@on([(row, training) for row, training in MODES if not (row.moves and training)])
+def test_gradcheck(row: Row, training: bool) -> None:
+    """On the smallest map; batch statistics are updated by every call, and change no result of training."""
+    module = ready(row, training)
+    height, width = min(row.sizes, key=lambda size: size[0] * size[1])
+    x = normal(1 if not training else 2, row.channels, height, width).requires_grad_()
+    parameters = dict(module.named_parameters())
+
+    def f(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(module, dict(zip(parameters, values, strict=True)), (x,))
+
+    torch.autograd.gradcheck(f, (x, *parameters.values()), fast_mode=True)
+
+
+@each_row
+def test_float32(row: Row) -> None:
+    """Rounding, and no more, lies between float32 and float64."""
+    size = row.sizes[0]
+    x = maps(row, size)[0]
+    exact = ready(row)
+    module = ready(row, dtype=torch.float32)
+    got = results(module, module, x.float())
+    assert got["out"].dtype == torch.float32
+    close(got, results(exact, exact, x), rtol=2e-5)
+
+
+@each_row
+def test_autocast(row: Row) -> None:
+    module = ready(row, dtype=torch.float32)
+    x = maps(row, row.sizes[0], torch.float32)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        got = module(x)
+    close({"out": got}, {"out": module(x)}, rtol=0.1)
+
+
+@each_row
+def test_no_copy_of_the_map(row: Row) -> None:
+    module = ready(row, dtype=torch.float32)
+    for x in maps(row, (24, 16), torch.float32)[:2]:
+        with torch.no_grad(), CountCopies(x.numel() // 2) as counted:
+            module(x)
+        assert len(counted.seen) <= row.copies, counted.seen
+
+
+@each_row
+def test_copies_and_state(row: Row) -> None:
+    """deepcopy, pickle, torch.save and the state dict give the same layer."""
+    module = ready(row)
+    x = maps(row, row.sizes[0])[0]
+    expected = {"out": module(x).detach()}
+    fresh = row.make().double().eval()
+    fresh.load_state_dict(module.state_dict())
+    saved = io.BytesIO()
+    torch.save(module.state_dict(), saved)
+    saved.seek(0)
+    loaded = row.make().double().eval()
+    loaded.load_state_dict(torch.load(saved))
+    others = [copied(module), fresh, loaded]
+    if not any(nn.utils.parametrize.is_parametrized(part) for part in module.modules()):  # torch refuses those
+        others.append(pickle.loads(pickle.dumps(module)))
+    for other in others:
+        close({"out": other(x).detach()}, expected, rtol=0)
+    assert repr(others[0]) == repr(module)
+
+
+@each_mode
+def test_compile(row: Row, training: bool) -> None:
+    """The whole of forward and backward in one graph."""
+    torch._dynamo.reset()
+    module, plain = ready(row, training), ready(row, training)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = maps(row, row.sizes[0])[0]
+    close(results(module, compiled, x), results(plain, plain, x))
+
+
+@each_row
+def test_bad_maps(row: Row) -> None:
+    module = ready(row)
+    with pytest.raises(TypeError, match=r"expected x to be a torch\.Tensor, but got x=list"):
+        module([1, 2])
+    with pytest.raises(RuntimeError, match=r"expected x of shape \[B, .*C?.*H, W\], but got x\.shape=\[3, 4\]"):
+        module(normal(3, 4))
