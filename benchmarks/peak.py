@@ -13,6 +13,7 @@ import gc
 import multiprocessing
 import resource
 import threading
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -66,13 +67,21 @@ def _peak_cpu(provider: Provider, case: Case, which: Pass, threads: int) -> int:
         Bench(provider, small, which, make_inputs(small)).once()
     bench = Bench(provider, case, which, inputs)
     del inputs
+    return peak_of(bench.once)
+
+
+def peak_of(call: Callable[[], object]) -> int:
+    """Bytes of resident memory above what is there before, at the highest point of a call.
+
+    What the process held at its highest before may hide some of it: to be called in a process of its own.
+    """
     gc.collect()
     _give_back()
     before, highest_yet = _status("VmRSS"), _maxrss()
     resets = _reset_peak()
     watch = _Watch()
     with watch:
-        bench.once()
+        call()
     if resets:
         return max(0, _status("VmHWM") - before)
     return max(0, (_maxrss() if _maxrss() > highest_yet else watch.highest) - before)

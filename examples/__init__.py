@@ -1,0 +1,1 @@
+"""The papers' models at work: `python -m examples.<name> --help`."""
