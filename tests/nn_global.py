@@ -54,7 +54,7 @@ def ocnet(module: vn.OCNetBlock, x: torch.Tensor) -> torch.Tensor:
     y = x if module.pool == 1 else nn.functional.max_pool2d(x, module.pool)
     height, width = y.shape[2:]
     region = (within(height, module.regions)[:, None] * module.regions + within(width, module.regions)).flatten()
-    bias = torch.zeros(()).double().masked_fill(region[:, None] != region, -torch.inf)
+    bias = x.new_zeros(()).masked_fill(region[:, None] != region, -torch.inf)
     k = flat(module.key(y))
     y = module.project(unflat(dense_attention(k, k, flat(module.value(y)), k.shape[2] ** -0.5, bias), y))
     return nn.functional.interpolate(y, x.shape[2:], mode="bilinear", align_corners=True)
@@ -85,7 +85,7 @@ def danet_channel(module: vn.DANetChannelAttention, x: torch.Tensor) -> torch.Te
 def ccnet(module: vn.CrissCrossAttention, x: torch.Tensor) -> torch.Tensor:
     y, column = torch.meshgrid(*map(torch.arange, x.shape[2:]), indexing="ij")
     seen = (y.flatten()[:, None] == y.flatten()) | (column.flatten()[:, None] == column.flatten())
-    bias = torch.zeros(()).double().masked_fill(~seen, -torch.inf)
+    bias = x.new_zeros(()).masked_fill(~seen, -torch.inf)
     for _ in range(module.recurrence):
         gathered = dense_attention(flat(module.query(x)), flat(module.key(x)), flat(module.value(x)), 1.0, bias)
         x = x + module.gamma * unflat(gathered, x)
@@ -177,16 +177,16 @@ ROWS = [
     ),
     Row("ocnet", lambda: vn.OCNetBlock(6), ocnet, 6, sizes=((5, 7), (1, 9)), training=True),
     Row("ocnet-pooled", lambda: vn.OCNetBlock(6, pool=2, activation="leaky_relu"), ocnet, 6, sizes=((5, 7), (6, 4))),
-    Row("ocnet-regions", lambda: vn.OCNetBlock(6, regions=3), ocnet, 6, sizes=((6, 3), (8, 9), (6, 7), (4, 5))),
+    Row("ocnet-regions", lambda: vn.OCNetBlock(6, regions=3), ocnet, 6, sizes=((8, 10), (6, 3), (6, 7), (4, 5))),
     Row("ocnet-base", lambda: vn.BaseOC(4, dropout=0.0), base_oc, 4, sizes=((5, 7), (6, 4)), training=True),
     Row(
         "ocnet-base-context",
-        lambda: vn.BaseOC(4, out_channels=5, key_channels=3, value_channels=1, pool=2, concat=False),
+        lambda: vn.BaseOC(4, out_channels=5, key_channels=2, value_channels=3, pool=2, concat=False),
         base_oc,
         4,
         sizes=ONE,
     ),
-    Row("ocnet-pyramid", lambda: vn.PyramidOC(4), pyramid_oc, 4, sizes=((7, 9), (6, 12))),
+    Row("ocnet-pyramid", lambda: vn.PyramidOC(4), pyramid_oc, 4, sizes=((6, 12), (7, 9))),
     Row(
         "ocnet-pyramid-two",
         lambda: vn.PyramidOC(4, out_channels=3, regions=(1, 2), dropout=0.0, activation="leaky_relu"),

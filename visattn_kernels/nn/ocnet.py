@@ -100,15 +100,15 @@ class OCNetBlock(nn.Module):
         k = heads_last(self.key(pooled(image(x, self.channels), self.pool)))
         if self.regions == 1:
             return attention_map(k, k, at, backend=self.backend).squeeze(2)
-        maps = []
-        for y, x_ in at.tolist() if isinstance(at, torch.Tensor) else at:
+        rows = [attention_map(k, k, at[:0], backend=self.backend).squeeze(2)]
+        for point in at.tolist() if isinstance(at, torch.Tensor) else at:
             (top, bottom), (left, right) = (
-                _region(i, size, self.regions) for i, size in zip((y, x_), k.shape[1:3], strict=True)
+                _region(i, size, self.regions) for i, size in zip(point, k.shape[1:3], strict=True)
             )
             own = k[:, top:bottom, left:right]
-            row = attention_map(own, own, [(y - top, x_ - left)], backend=self.backend).squeeze(2)
-            maps.append(nn.functional.pad(row, (left, k.shape[2] - right, top, k.shape[1] - bottom)))
-        return torch.cat(maps, 1)
+            row = attention_map(own, own, [(point[0] - top, point[1] - left)], backend=self.backend).squeeze(2)
+            rows.append(nn.functional.pad(row, (left, k.shape[2] - right, top, k.shape[1] - bottom)))
+        return torch.cat(rows, 1)
 
     @staticmethod
     def translate(state: Mapping[str, torch.Tensor], inplace_abn: bool = True) -> dict[str, torch.Tensor]:
