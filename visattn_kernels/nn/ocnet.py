@@ -35,7 +35,8 @@ class OCNetBlock(nn.Module):
         backend: as in `attention`.
 
     Shape:
-        x (Tensor[B, C, H, W]), float64, float32, bfloat16 or float16, in either memory format; the result alike.
+        x (Tensor[B, C, H, W]), float64, float32, bfloat16 or float16, in either memory format; the result has as many
+        channels, in the channels-last format.
 
     Raises:
         TypeError, ValueError: an argument is no integer, too small, or no choice; the map has fewer rows or columns
