@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import nn
 
 from visattn_kernels.errors import expected, strided, told
 
 
-def image(x: object, channels: int) -> torch.Tensor:
-    """Return `x` if it is an image `[B, channels, H, W]`, else raise TypeError or RuntimeError."""
-    x = strided(x, "x")
-    if x.dim() != 4 or x.shape[1] != channels:
-        raise expected(f"x of shape [B, {channels}, H, W]", "x.shape", list(x.shape), RuntimeError)
+def image(x: object, channels: int | None = None, argument: str = "x") -> torch.Tensor:
+    """Return `x` if it is an image `[B, channels, H, W]`, of any channels with None, else raise an error.
+
+    Raises:
+        TypeError, RuntimeError: it is none.
+    """
+    x = strided(x, argument)
+    if x.dim() != 4 or channels not in (None, x.shape[1]):
+        shape = f"[B, {'C' if channels is None else channels}, H, W]"
+        raise expected(f"{argument} of shape {shape}", f"{argument}.shape", list(x.shape), RuntimeError)
     return x
 
 
@@ -40,6 +46,11 @@ def choice(value: object, argument: str, options: tuple[str, ...]) -> str:
     return value
 
 
+def pooled(x: torch.Tensor, factor: int) -> torch.Tensor:
+    """The map max-pooled by a factor; what it leaves over of an odd size is dropped."""
+    return x if factor == 1 else nn.functional.max_pool2d(x, factor)
+
+
 def renamed(state: Mapping[str, torch.Tensor], names: Mapping[str, str | None]) -> dict[str, torch.Tensor]:
     """Give the entries of another library's state dict our names.
 
@@ -61,3 +72,8 @@ def renamed(state: Mapping[str, torch.Tensor], names: Mapping[str, str | None]) 
         if name is not None:
             ours[name + key[len(found) :]] = value
     return ours
+
+
+def convolutions(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of linear layers as those of 1x1 convolutions; all others as they are."""
+    return {name: x[:, :, None, None] if x.dim() == 2 else x for name, x in state.items()}

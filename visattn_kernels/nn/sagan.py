@@ -10,7 +10,7 @@ from torch.nn.utils.parametrizations import spectral_norm as with_spectral_norm
 
 from visattn_kernels.attention import attention, attention_map, channels_first, heads_last
 from visattn_kernels.errors import expected
-from visattn_kernels.nn.common import choice, count, image, renamed
+from visattn_kernels.nn.common import choice, count, image, pooled, renamed
 
 
 class SAGANAttention(nn.Module):
@@ -84,7 +84,7 @@ class SAGANAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The map and what its positions gathered."""
         q, k = self._query_and_key(image(x, self.channels))
-        v = heads_last(self._pooled(self.value(x)))
+        v = heads_last(pooled(self.value(x), self.pool))
         out = channels_first(attention(q, k, v, scale=1.0, backend=self.backend))
         return x + self.sigma * (out if self.project is None else self.project(out))
 
@@ -98,11 +98,8 @@ class SAGANAttention(nn.Module):
 
     def _query_and_key(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What looks, and what is looked at."""
-        q, k = heads_last(self.query(x)), heads_last(self._pooled(self.key(x)))
+        q, k = heads_last(self.query(x)), heads_last(pooled(self.key(x), self.pool))
         return (q, k) if self.softmax_over == "keys" else (k, q)
-
-    def _pooled(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.pool == 1 else nn.functional.max_pool2d(x, self.pool)
 
     @staticmethod
     def translate(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

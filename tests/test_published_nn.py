@@ -1,0 +1,114 @@
+"""State dicts of published implementations in the modules of `visattn_kernels.nn`: the layers must agree in float64.
+
+Against timm, torchvision, diffusers and mmcv; each is skipped where it is not installed. Layers of no package are in
+test_nn_global.py, by the names of their entries.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+
+import pytest
+import torch
+from modules import Row, close, normal, ready
+from torch import nn
+
+import visattn_kernels.nn as vn
+
+WHY = "compares with {}, which is not installed"
+
+
+def published(module: str, name: str):
+    """A class of a library, if that is there."""
+    library = module.partition(".")[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if library in ("timm", "torchvision"):
+            declare_torchvision()
+        pytest.importorskip(library, reason=WHY.format(library))
+        return getattr(importlib.import_module(module), name)
+
+
+def declare_torchvision():
+    """Let torchvision import where its compiled part does not fit torch; see test_published.py."""
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        pass
+    except RuntimeError:
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def hold(theirs, ours, channels: int) -> None:
+    """Their random weights, translated, give their results."""
+    theirs = ready(Row("theirs", lambda: theirs, lambda module, x: x))
+    ours = ours.double().eval()
+    ours.load_state_dict(ours.translate(theirs.state_dict()))
+    for height, width in ((4, 6), (5, 7)):
+        x = normal(2, channels, height, width)
+        close({"out": ours(x).detach()}, {"out": theirs(x).detach()})
+
+
+@pytest.mark.parametrize("sub_sample", [False, True])
+@pytest.mark.parametrize("norm", [None, {"type": "BN"}])
+@pytest.mark.parametrize(
+    ("mode", "scale"), [("embedded_gaussian", None), ("embedded_gaussian", 1.0), ("gaussian", 1.0)]
+)
+def test_nonlocal_of_mmcv(mode, scale, norm, sub_sample):
+    make = published("mmcv.cnn", "NonLocal2d")
+    theirs = make(6, mode=mode, use_scale=scale is None, norm_cfg=norm, sub_sample=sub_sample)
+    pool = 2 if sub_sample else 1
+    ours = vn.NonLocalBlock(6, mode=mode, pool=pool, pool_first=False, scale=scale, batch_norm=norm is not None)
+    hold(theirs, ours, 6)
+
+
+@pytest.mark.parametrize("use_scale", [False, True])
+def test_nonlocal_of_timm(use_scale):
+    theirs = published("timm.layers.non_local_attn", "NonLocalAttn")(16, use_scale=use_scale, rd_channels=5)
+    ours = vn.NonLocalBlock(16, inner_channels=5, pool=1, scale=16**-0.5 if use_scale else 1.0)
+    hold(theirs, ours, 16)
+
+
+def test_vae_of_diffusers():
+    """As its autoencoders make it."""
+    theirs = published("diffusers.models.attention_processor", "Attention")(
+        8,
+        heads=1,
+        dim_head=8,
+        norm_num_groups=4,
+        eps=1e-6,
+        bias=True,
+        residual_connection=True,
+        upcast_softmax=True,
+        _from_deprecated_attn_block=True,
+    )
+    hold(theirs, vn.VAEAttention(8, groups=4), 8)
+
+
+def test_vae_in_an_autoencoder_of_diffusers():
+    """The layer that the whole model has, with the widths of its own."""
+    block = published("diffusers.models.unets.unet_2d_blocks", "UNetMidBlock2D")(
+        64, temb_channels=None, attention_head_dim=64
+    )
+    hold(block.attentions[0], vn.VAEAttention(64), 64)
+
+
+@pytest.mark.parametrize(("act", "activation"), [(nn.ReLU, "relu"), (nn.SiLU, "silu")])
+@pytest.mark.parametrize("gate", ["sigmoid", "hard_sigmoid"])
+def test_squeeze_excite_of_timm(act, activation, gate):
+    theirs = published("timm.models._efficientnet_blocks", "SqueezeExcite")(16, act_layer=act, gate_layer=gate)
+    hold(theirs, vn.SqueezeExcite(16, rd_channels=4, activation=activation, gate=gate), 16)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_se_module_of_timm(bias):
+    theirs = published("timm.layers", "SEModule")(32, bias=bias)
+    hold(theirs, vn.SqueezeExcite(32, rd_channels=8, bias=bias), 32)
+
+
+@pytest.mark.parametrize(("scale", "gate"), [(nn.Sigmoid, "sigmoid"), (nn.Hardsigmoid, "hard_sigmoid")])
+def test_squeeze_excite_of_torchvision(scale, gate):
+    theirs = published("torchvision.ops", "SqueezeExcitation")(16, 4, nn.ReLU, scale)
+    hold(theirs, vn.SqueezeExcite(16, reduction=4, gate=gate), 16)
