@@ -1,12 +1,16 @@
-"""What the modules share: the checks of their arguments, and the names of other libraries' weights."""
+"""What the modules share: the checks of their arguments, and the names and shapes of other libraries' weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
 
+from visattn_kernels.attention import attention, attention_map, channels_first, heads_last
 from visattn_kernels.errors import expected, strided, told
+from visattn_kernels.patterns import Pattern
+from visattn_kernels.terms import Term
 
 
 def image(x: object, channels: int) -> torch.Tensor:
@@ -61,3 +65,78 @@ def renamed(state: Mapping[str, torch.Tensor], names: Mapping[str, str | None]) 
         if name is not None:
             ours[name + key[len(found) :]] = value
     return ours
+
+
+def as_convolution(weight: torch.Tensor) -> torch.Tensor:
+    """The weight `[out, in]` of a linear layer, or `[out, in, 1]`, as that of a 1x1 convolution; others as they are."""
+    return weight[(...,) + (None,) * (4 - weight.dim())] if weight.dim() in (2, 3) else weight
+
+
+def by_reach(table: torch.Tensor, dim: int) -> torch.Tensor:
+    """Widen a table by offset from its K entries to the `2K - 1` that patterns want, with zeros that nothing reads.
+
+    A neighborhood of K keys has the offsets `-(K // 2)` and following, and a span those to either side.
+    """
+    kernel, after = table.shape[dim], table.dim() - 1 - dim % table.dim()
+    return nn.functional.pad(table, (0, 0) * after + (kernel - 1 - kernel // 2, kernel // 2))
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Torch's, right too where a side or the batch is 1.
+
+    Either memory format then has strides that pass for the other, and torch 2.13 on CPUs gives wrong gradients where
+    the map has the one and the gradient the other; the strides of a sequence are not ambiguous.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        ambiguous = 1 in (x.shape[0], *x.shape[2:])
+        y: torch.Tensor = super().forward(x.flatten(2) if ambiguous else x)
+        return y.view(x.shape) if ambiguous else y
+
+    def _check_input_dim(self, x: torch.Tensor) -> None:
+        """Sequences are fine."""
+
+
+class PackedAttention(nn.Module):
+    """What the transformers' layers have in common: one convolution for q, k and v, and one for the result.
+
+        y = W_o attention(W_q x, W_k x, W_v x)
+
+    Which keys are seen, and what is added to the logits, is a subclass's to say in `_geometry`.
+
+    Args:
+        channels: C, those of the map.
+        heads: number of heads; divides C.
+        qkv_bias: whether the first convolution has a bias; the second has one.
+        scale: factor of q·k; None means `1/sqrt(C // heads)`.
+        backend: as in `attention`.
+    """
+
+    def __init__(self, channels: int, heads: int, *, qkv_bias: bool, scale: float | None, backend: str) -> None:
+        super().__init__()
+        self.channels, self.heads = count(channels, "channels"), heads
+        self.head_dim = share(channels, heads)
+        self.scale, self.backend = scale, backend
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=qkv_bias)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """What each position gathered, projected."""
+        q, k, v = self._heads(x)
+        pattern, terms = self._geometry(*x.shape[2:])
+        y = attention(q, k, v, pattern, scale=self.scale, terms=terms, backend=self.backend)
+        return self.proj(channels_first(y))  # type: ignore[no-any-return]
+
+    def attention_map(self, x: torch.Tensor, at: Sequence[tuple[int, int]] | torch.Tensor) -> torch.Tensor:
+        """The map's rows of the positions `at`, points (y, x): `[B, len(at), heads, H, W]`, float32."""
+        q, k, _ = self._heads(x)
+        pattern, terms = self._geometry(*x.shape[2:])
+        return attention_map(q, k, at, pattern, scale=self.scale, terms=terms, backend=self.backend)
+
+    def _heads(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """q, k and v, views of the convolution's output."""
+        return tuple(heads_last(part, self.heads) for part in self.qkv(image(x, self.channels)).chunk(3, 1))
+
+    def _geometry(self, height: int, width: int) -> tuple[Pattern, tuple[Term, ...]]:
+        """The pattern and the terms on a map of this size."""
+        raise NotImplementedError
