@@ -72,6 +72,26 @@ def as_convolution(weight: torch.Tensor) -> torch.Tensor:
     return weight[(...,) + (None,) * (4 - weight.dim())] if weight.dim() in (2, 3) else weight
 
 
+def pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    """Both sides, of one for both or of two; anything else is not checked here."""
+    return (value[0], value[1]) if isinstance(value, (tuple, list)) and len(value) == 2 else (value, value)
+
+
+def by_head(table: torch.Tensor, size: int | tuple[int, int] | None = None) -> torch.Tensor:
+    """A bias table `[(2h-1)(2w-1), heads]` by query minus key as `[heads, 2h-1, 2w-1]` by key minus query.
+
+    Args:
+        table: theirs; one that has three dimensions is returned as it is.
+        size: h and w, or one for both; None if they are one.
+    """
+    if table.dim() == 3:
+        return table
+    height, width = pair(int(len(table) ** 0.5 + 1) // 2 if size is None else size)
+    if len(table) != (2 * height - 1) * (2 * width - 1):
+        raise expected(f"the sides of a table of {len(table)} entries", "size", told(size), ValueError)
+    return table.flip(0).T.reshape(-1, 2 * height - 1, 2 * width - 1).contiguous()
+
+
 def by_reach(table: torch.Tensor, dim: int) -> torch.Tensor:
     """Widen a table by offset from its K entries to the `2K - 1` that patterns want, with zeros that nothing reads.
 
