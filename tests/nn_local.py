@@ -166,7 +166,15 @@ def same_cell(length: int, size: int, shift: int = 0) -> torch.Tensor:
 
 def window(module: vn.WindowAttention, x: torch.Tensor) -> torch.Tensor:
     sides = list(zip(x.shape[2:], module.window_size, module.shift, strict=True))
-    return packed(module, x, tuple(same_cell(n, size, shift if n > size else 0) for n, size, shift in sides))
+    if not module.pad:
+        return packed(module, x, tuple(same_cell(n, size, shift if n > size else 0) for n, size, shift in sides))
+    full = [math.ceil(n / size) * size for n, size, _ in sides]
+    padded = torch.zeros(*x.shape[:2], *full, dtype=x.dtype)
+    padded[:, :, : x.shape[2], : x.shape[3]] = x
+    y = packed(
+        module, padded, tuple(same_cell(n, size, shift) for n, (_, size, shift) in zip(full, sides, strict=True))
+    )
+    return y[:, :, : x.shape[2], : x.shape[3]]
 
 
 def swin_block(module: vn.SwinBlock, x: torch.Tensor) -> torch.Tensor:
@@ -268,7 +276,7 @@ ROWS = [
     ),
     Row(
         "axial-block",
-        lambda: vn.AxialBlock(8, 4, heads=2, size=(5, 7)),
+        lambda: vn.AxialBlock(8, 4, heads=2, size=(5, 7), position="none"),
         axial_block,
         sizes=((5, 7),),
         large=(5, 7),
@@ -276,7 +284,7 @@ ROWS = [
     ),
     Row(
         "axial-block-stride",
-        lambda: vn.AxialBlock(8, 8, out_channels=6, heads=2, span=3, stride=2),
+        lambda: vn.AxialBlock(8, 8, out_channels=6, heads=2, span=3, position="q", stride=2),
         axial_block,
         sizes=((5, 7), (4, 6)),
         training=True,
@@ -311,6 +319,7 @@ ROWS = [
         lambda: vn.WindowAttention(8, (4, 5), shift=(2, 1), heads=2, qkv_bias=False, scale=0.7),
         window,
     ),
+    Row("window-pad", lambda: vn.WindowAttention(8, 3, shift=1, pad=True, heads=2), window),
     Row("swin-block", lambda: vn.SwinBlock(8, 3, shift=1, heads=2, mlp_channels=12), swin_block, copies=2),
     Row("neighborhood", lambda: vn.NeighborhoodAttention(8, 3, heads=2), neighborhood, sizes=((5, 7), (6, 4), (3, 9))),
     Row(

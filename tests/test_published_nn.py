@@ -65,6 +65,13 @@ def test_swin(grid, window, shift):
     hold(on_tokens(block), ours, vn.SwinBlock.translate(block.state_dict(), size), normal(2, 24, *grid))
 
 
+def test_swin_padded():
+    """Without a shift, timm's padding is that of the published code."""
+    block = random_state(libraries().SwinTransformerBlock(24, (10, 17), num_heads=3, window_size=7))
+    ours = vn.SwinBlock(24, 7, pad=True, heads=3)
+    hold(on_tokens(block), ours, vn.SwinBlock.translate(block.state_dict()), normal(2, 24, 10, 17))
+
+
 def test_swin_attention():
     libraries()
     from timm.models.swin_transformer import WindowAttention

@@ -129,33 +129,50 @@ class PackedAttention(nn.Module):
         heads: number of heads; divides C.
         qkv_bias: whether the first convolution has a bias; the second has one.
         scale: factor of q·k; None means `1/sqrt(C // heads)`.
+        multiple: what the sides of the map are padded to a multiple of, at its end, with zeros before the projection:
+            what is padded has the biases for keys and values, and takes part.
         backend: as in `attention`.
     """
 
-    def __init__(self, channels: int, heads: int, *, qkv_bias: bool, scale: float | None, backend: str) -> None:
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        *,
+        qkv_bias: bool,
+        scale: float | None,
+        multiple: tuple[int, int] = (1, 1),
+        backend: str,
+    ) -> None:
         super().__init__()
         self.channels, self.heads = count(channels, "channels"), heads
         self.head_dim = share(channels, heads)
-        self.scale, self.backend = scale, backend
+        self.scale, self.multiple, self.backend = scale, multiple, backend
         self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=qkv_bias)
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """What each position gathered, projected."""
         q, k, v = self._heads(x)
-        pattern, terms = self._geometry(*x.shape[2:])
+        pattern, terms = self._geometry(*q.shape[1:3])
         y = attention(q, k, v, pattern, scale=self.scale, terms=terms, backend=self.backend)
-        return self.proj(channels_first(y))  # type: ignore[no-any-return]
+        return self.proj(channels_first(y))[..., : x.shape[2], : x.shape[3]]  # type: ignore[no-any-return]
 
     def attention_map(self, x: torch.Tensor, at: Sequence[tuple[int, int]] | torch.Tensor) -> torch.Tensor:
-        """The map's rows of the positions `at`, points (y, x): `[B, len(at), heads, H, W]`, float32."""
+        """The map's rows of the positions `at`, points (y, x): `[B, len(at), heads, H, W]`, float32.
+
+        H and W are those of the padded map.
+        """
         q, k, _ = self._heads(x)
-        pattern, terms = self._geometry(*x.shape[2:])
+        pattern, terms = self._geometry(*q.shape[1:3])
         return attention_map(q, k, at, pattern, scale=self.scale, terms=terms, backend=self.backend)
 
     def _heads(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """q, k and v, views of the convolution's output."""
-        return tuple(heads_last(part, self.heads) for part in self.qkv(image(x, self.channels)).chunk(3, 1))
+        x = image(x, self.channels)
+        bottom, right = (-side % multiple for side, multiple in zip(x.shape[2:], self.multiple, strict=True))
+        x = nn.functional.pad(x, (0, right, 0, bottom)) if bottom or right else x
+        return tuple(heads_last(part, self.heads) for part in self.qkv(x).chunk(3, 1))
 
     def _geometry(self, height: int, width: int) -> tuple[Pattern, tuple[Term, ...]]:
         """The pattern and the terms on a map of this size."""

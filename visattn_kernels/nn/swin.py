@@ -18,13 +18,16 @@ class WindowAttention(PackedAttention):
         y_i = W_o sum_j softmax_j(scale * q_i·k_j + b[j - i]) v_j        over j in the window of i
 
     A shifted window is Swin's: cut where its rolled map is, and smaller at the border, where Swin masks. Where windows
-    do not divide the map they are smaller at the border too, where Swin's published code pads it with zeros that take
-    part. On an axis that a window covers, there is no shift.
+    do not divide the map they are smaller at the border too, unless it is padded. On an axis that a window covers,
+    there is no shift, unless it is padded.
 
     Args:
         channels: C, those of the map.
         window_size: sides of a window, an integer or a pair (h, w).
         shift: where the first cut lies, an integer or a pair, less than the window; Swin's is half the window.
+        pad: whether the map is padded at its end to whole windows, with zeros before the projection, so that what is
+            padded has the biases for keys and values, and takes part: Swin's for detection. (timm rolls the map before
+            it pads, which is another layer if it is shifted.)
         heads: number of heads; divides C.
         qkv_bias: whether the projection to q, k and v has a bias.
         scale: factor of q·k; None means `1/sqrt(C // heads)`.
@@ -38,7 +41,8 @@ class WindowAttention(PackedAttention):
         RuntimeError: x is no map of C channels.
 
     Memory:
-        The projections, and what `attention` takes. No rolled or partitioned copy of the map, and no mask.
+        The projections, and what `attention` takes. No rolled or partitioned copy of the map, and no mask;
+        a padded copy where `pad` adds something.
 
     References:
         Liu et al., 2021, equation 4 and section 3.2.
@@ -50,13 +54,16 @@ class WindowAttention(PackedAttention):
         window_size: int | tuple[int, int] = 7,
         *,
         shift: int | tuple[int, int] = 0,
+        pad: bool = False,
         heads: int = 4,
         qkv_bias: bool = True,
         scale: float | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(channels, heads, qkv_bias=qkv_bias, scale=scale, backend=backend)
         Window(window_size, shift)
+        multiple = pair(window_size) if pad else (1, 1)
+        super().__init__(channels, heads, qkv_bias=qkv_bias, scale=scale, multiple=multiple, backend=backend)
+        self.pad = pad
         self.window_size, self.shift = pair(window_size), pair(shift)
         height, width = self.window_size
         self.bias_table = nn.Parameter(torch.empty(heads, 2 * height - 1, 2 * width - 1))
@@ -64,7 +71,7 @@ class WindowAttention(PackedAttention):
 
     def _geometry(self, height: int, width: int) -> tuple[Pattern, tuple[Term, ...]]:
         sides = zip(self.shift, self.window_size, (height, width), strict=True)
-        first, second = (0 if length <= size else shift for shift, size, length in sides)
+        first, second = (0 if length <= size and not self.pad else shift for shift, size, length in sides)
         return Window(self.window_size, (first, second)), (RelativeBias(self.bias_table),)
 
     @staticmethod
@@ -83,7 +90,7 @@ class WindowAttention(PackedAttention):
 
     def extra_repr(self) -> str:
         """What is not seen in the convolutions."""
-        return f"window_size={self.window_size}, shift={self.shift}, heads={self.heads}"
+        return f"window_size={self.window_size}, shift={self.shift}, pad={self.pad}, heads={self.heads}"
 
 
 _NAMES = {
@@ -98,7 +105,7 @@ class SwinBlock(nn.Module):
         y = x + attention(LN(x)),    z = y + W_2 gelu(W_1 LN(y))
 
     Args:
-        channels, window_size, shift, heads, qkv_bias, scale, backend: as in `WindowAttention`.
+        channels, window_size, shift, pad, heads, qkv_bias, scale, backend: as in `WindowAttention`.
         mlp_channels: those between W_1 and W_2; None means four times C.
 
     Shape:
@@ -121,6 +128,7 @@ class SwinBlock(nn.Module):
         window_size: int | tuple[int, int] = 7,
         *,
         shift: int | tuple[int, int] = 0,
+        pad: bool = False,
         heads: int = 4,
         qkv_bias: bool = True,
         scale: float | None = None,
@@ -132,7 +140,7 @@ class SwinBlock(nn.Module):
         hidden = 4 * channels if mlp_channels is None else count(mlp_channels, "mlp_channels")
         self.norm1 = nn.LayerNorm(channels)
         self.attn = WindowAttention(
-            channels, window_size, shift=shift, heads=heads, qkv_bias=qkv_bias, scale=scale, backend=backend
+            channels, window_size, shift=shift, pad=pad, heads=heads, qkv_bias=qkv_bias, scale=scale, backend=backend
         )
         self.norm2 = nn.LayerNorm(channels)
         self.mlp = nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.GELU(), nn.Conv2d(hidden, channels, 1))

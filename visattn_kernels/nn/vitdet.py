@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from visattn_kernels.errors import expected
-from visattn_kernels.nn.common import PackedAttention, as_convolution, count, image, pair, renamed
+from visattn_kernels.nn.common import PackedAttention, as_convolution, count, pair, renamed
 from visattn_kernels.patterns import Global, Pattern, Window
 from visattn_kernels.terms import RelativeQuery, Term
 
@@ -33,8 +33,7 @@ class ViTDetAttention(PackedAttention):
         backend: as in `attention`.
 
     Shape:
-        x (Tensor[B, C, H, W]), in either memory format; the result alike. `attention_map` has the sides of the padded
-        map.
+        x (Tensor[B, C, H, W]), in either memory format; the result alike.
 
     Raises:
         TypeError, ValueError: an argument is no integer or too small; no `size` where it is needed.
@@ -59,21 +58,14 @@ class ViTDetAttention(PackedAttention):
         scale: float | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(channels, heads, qkv_bias=qkv_bias, scale=scale, backend=backend)
-        self.window_size = count(window_size, "window_size", 0)
+        multiple = pair(max(count(window_size, "window_size", 0), 1))
+        super().__init__(channels, heads, qkv_bias=qkv_bias, scale=scale, multiple=multiple, backend=backend)
+        self.window_size = window_size
         if relative and not window_size and size is None:
             raise expected("size, without a window_size", "size", size, ValueError)
         height, width = (count(side, "size") for side in pair(window_size or size or 1))
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * height - 1, self.head_dim)) if relative else None
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * width - 1, self.head_dim)) if relative else None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """What each position gathered, projected."""
-        height, width = image(x, self.channels).shape[2:]
-        return super().forward(x)[..., :height, :width]
-
-    def _heads(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return super()._heads(self._padded(image(x, self.channels)))
 
     def _geometry(self, height: int, width: int) -> tuple[Pattern, tuple[Term, ...]]:
         pattern = Window(self.window_size) if self.window_size else Global()
@@ -82,11 +74,6 @@ class ViTDetAttention(PackedAttention):
         reach = pair(self.window_size) if self.window_size else (height, width)
         rel_h, rel_w = _resized(self.rel_pos_h, 2 * reach[0] - 1), _resized(self.rel_pos_w, 2 * reach[1] - 1)
         return pattern, (RelativeQuery(rel_h, rel_w),)
-
-    def _padded(self, x: torch.Tensor) -> torch.Tensor:
-        """The map with as many zeros as windows need."""
-        bottom, right = (-side % (self.window_size or 1) for side in x.shape[2:])
-        return nn.functional.pad(x, (0, right, 0, bottom)) if bottom or right else x
 
     @staticmethod
     def translate(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
