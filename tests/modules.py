@@ -29,6 +29,8 @@ class Row:
     channels: int = 8
     sizes: tuple[tuple[int, int], ...] = ((5, 7), (6, 4), (1, 9))
     """Sizes of maps, odd ones among them."""
+    large: tuple[int, int] = (24, 16)
+    """Size of the map on which copies are counted."""
     training: bool = False
     """Whether training is another computation than evaluation, with batch norm or spectral norm."""
     moves: bool = False

@@ -10,6 +10,7 @@ import torch
 import torch._dynamo
 from modules import CountCopies, Row, close, copied, maps, normal, ready, results
 from nn_global import ROWS as GLOBAL_ROWS
+from nn_local import ROWS as LOCAL_ROWS
 from torch import nn
 
 import visattn_kernels.nn as vn
@@ -17,7 +18,7 @@ from visattn_kernels.backends import cpu
 
 pytestmark = pytest.mark.skipif(bool(cpu.unavailable()), reason="; ".join(cpu.unavailable()))
 
-ROWS = GLOBAL_ROWS
+ROWS = GLOBAL_ROWS + LOCAL_ROWS
 each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 MODES = [(row, training) for row in ROWS for training in ((False, True) if row.training else (False,))]
 
@@ -85,7 +86,7 @@ def test_autocast(row: Row) -> None:
 @each_row
 def test_no_copy_of_the_map(row: Row) -> None:
     module = ready(row, dtype=torch.float32)
-    for x in maps(row, (24, 16), torch.float32)[:2]:
+    for x in maps(row, row.large, torch.float32)[:2]:
         with torch.no_grad(), CountCopies(x.numel() // 2) as counted:
             module(x)
         assert len(counted.seen) <= row.copies, counted.seen

@@ -7,40 +7,22 @@ rule for float64. `make published` installs the two libraries, which nothing els
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
+from published import published
 from tolerance import UNIT
 
 import visattn_kernels as va
 from visattn_kernels import backends
 
-WHY = "compares with {}, which is not installed; `make published` installs it"
-
-
-def import_torchvision():
-    """Import what timm imports, whose operators nothing here calls.
-
-    Its compiled part loads only beside the build of torch that it was made for. Where it does not, the operators that
-    torchvision describes to torch must be declared for it to import at all.
-    """
-    try:
-        pytest.importorskip("torchvision", reason=WHY.format("torchvision"))
-    except RuntimeError:
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import_torchvision()
-    pytest.importorskip("timm", reason=WHY.format("timm"))
-    pytest.importorskip("transformers", reason=WHY.format("transformers"))
-    from timm.models.maxxvit import MaxxVitTransformerCfg, PartitionAttentionCl
-    from timm.models.swin_transformer import SwinTransformerBlock
-    from transformers.models.sam.configuration_sam import SamVisionConfig
-    from transformers.models.sam.modeling_sam import SamVisionAttention, SamVisionLayer, SamVisionSdpaAttention
+MaxxVitTransformerCfg, PartitionAttentionCl = published(
+    "timm.models.maxxvit", "MaxxVitTransformerCfg", "PartitionAttentionCl"
+)
+SwinTransformerBlock = published("timm.models.swin_transformer", "SwinTransformerBlock")
+SamVisionConfig = published("transformers.models.sam.configuration_sam", "SamVisionConfig")
+SamVisionAttention, SamVisionLayer, SamVisionSdpaAttention = published(
+    "transformers.models.sam.modeling_sam", "SamVisionAttention", "SamVisionLayer", "SamVisionSdpaAttention"
+)
 
 BACKENDS = [backend.name for backend in backends.REGISTRY if not backend.unavailable()]
 

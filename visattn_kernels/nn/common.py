@@ -1,13 +1,16 @@
-"""What the modules share: the checks of their arguments, and the names of other libraries' weights."""
+"""What the modules share: the checks of their arguments, and the names and shapes of other libraries' weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
+from visattn_kernels.attention import attention, attention_map, channels_first, heads_last
 from visattn_kernels.errors import expected, strided, told
+from visattn_kernels.patterns import Pattern
+from visattn_kernels.terms import Term
 
 
 def image(x: object, channels: int | None = None, argument: str = "x") -> torch.Tensor:
@@ -76,4 +79,116 @@ def renamed(state: Mapping[str, torch.Tensor], names: Mapping[str, str | None]) 
 
 def convolutions(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights of linear layers as those of 1x1 convolutions; all others as they are."""
-    return {name: x[:, :, None, None] if x.dim() == 2 else x for name, x in state.items()}
+    return {name: as_convolution(x) if x.dim() == 2 else x for name, x in state.items()}
+
+
+def as_convolution(weight: torch.Tensor) -> torch.Tensor:
+    """The weight `[out, in]` of a linear layer, or `[out, in, 1]`, as that of a 1x1 convolution; others as they are."""
+    return weight[(...,) + (None,) * (4 - weight.dim())] if weight.dim() in (2, 3) else weight
+
+
+def pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    """Both sides, of one for both or of two; anything else is not checked here."""
+    return (value[0], value[1]) if isinstance(value, (tuple, list)) and len(value) == 2 else (value, value)
+
+
+def by_head(table: torch.Tensor, size: int | tuple[int, int] | None = None) -> torch.Tensor:
+    """A bias table `[(2h-1)(2w-1), heads]` by query minus key as `[heads, 2h-1, 2w-1]` by key minus query.
+
+    Args:
+        table: theirs; one that has three dimensions is returned as it is.
+        size: h and w, or one for both; None if they are one.
+    """
+    if table.dim() == 3:
+        return table
+    height, width = pair(int(len(table) ** 0.5 + 1) // 2 if size is None else size)
+    if len(table) != (2 * height - 1) * (2 * width - 1):
+        raise expected(f"the sides of a table of {len(table)} entries", "size", told(size), ValueError)
+    return table.flip(0).T.reshape(-1, 2 * height - 1, 2 * width - 1).contiguous()
+
+
+def by_reach(table: torch.Tensor, dim: int) -> torch.Tensor:
+    """Widen a table by offset from its K entries to the `2K - 1` that patterns want, with zeros that nothing reads.
+
+    A neighborhood of K keys has the offsets `-(K // 2)` and following, and a span those to either side.
+    """
+    kernel, after = table.shape[dim], table.dim() - 1 - dim % table.dim()
+    return nn.functional.pad(table, (0, 0) * after + (kernel - 1 - kernel // 2, kernel // 2))
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Torch's, right too where a side or the batch is 1.
+
+    Either memory format then has strides that pass for the other, and torch 2.13 on CPUs gives wrong gradients where
+    the map has the one and the gradient the other; the strides of a sequence are not ambiguous.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        ambiguous = 1 in (x.shape[0], *x.shape[2:])
+        y: torch.Tensor = super().forward(x.flatten(2) if ambiguous else x)
+        return y.view(x.shape) if ambiguous else y
+
+    def _check_input_dim(self, x: torch.Tensor) -> None:
+        """Sequences are fine."""
+
+
+class PackedAttention(nn.Module):
+    """What the transformers' layers have in common: one convolution for q, k and v, and one for the result.
+
+        y = W_o attention(W_q x, W_k x, W_v x)
+
+    Which keys are seen, and what is added to the logits, is a subclass's to say in `_geometry`.
+
+    Args:
+        channels: C, those of the map.
+        heads: number of heads; divides C.
+        qkv_bias: whether the first convolution has a bias; the second has one.
+        scale: factor of q·k; None means `1/sqrt(C // heads)`.
+        multiple: what the sides of the map are padded to a multiple of, at its end, with zeros before the projection:
+            what is padded has the biases for keys and values, and takes part.
+        backend: as in `attention`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        *,
+        qkv_bias: bool,
+        scale: float | None,
+        multiple: tuple[int, int] = (1, 1),
+        backend: str,
+    ) -> None:
+        super().__init__()
+        self.channels, self.heads = count(channels, "channels"), heads
+        self.head_dim = share(channels, heads)
+        self.scale, self.multiple, self.backend = scale, multiple, backend
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=qkv_bias)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """What each position gathered, projected."""
+        q, k, v = self._heads(x)
+        pattern, terms = self._geometry(*q.shape[1:3])
+        y = attention(q, k, v, pattern, scale=self.scale, terms=terms, backend=self.backend)
+        return self.proj(channels_first(y))[..., : x.shape[2], : x.shape[3]]  # type: ignore[no-any-return]
+
+    def attention_map(self, x: torch.Tensor, at: Sequence[tuple[int, int]] | torch.Tensor) -> torch.Tensor:
+        """The map's rows of the positions `at`, points (y, x): `[B, len(at), heads, H, W]`, float32.
+
+        H and W are those of the padded map.
+        """
+        q, k, _ = self._heads(x)
+        pattern, terms = self._geometry(*q.shape[1:3])
+        return attention_map(q, k, at, pattern, scale=self.scale, terms=terms, backend=self.backend)
+
+    def _heads(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """q, k and v, views of the convolution's output."""
+        x = image(x, self.channels)
+        bottom, right = (-side % multiple for side, multiple in zip(x.shape[2:], self.multiple, strict=True))
+        x = nn.functional.pad(x, (0, right, 0, bottom)) if bottom or right else x
+        return tuple(heads_last(part, self.heads) for part in self.qkv(x).chunk(3, 1))
+
+    def _geometry(self, height: int, width: int) -> tuple[Pattern, tuple[Term, ...]]:
+        """The pattern and the terms on a map of this size."""
+        raise NotImplementedError

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from visattn_kernels.attention import attention, attention_map, channels_first, heads_last
-from visattn_kernels.nn.common import choice, count, image, pooled, renamed
+from visattn_kernels.nn.common import BatchNorm2d, choice, count, image, pooled, renamed
 
 
 class NonLocalBlock(nn.Module):
@@ -75,7 +75,7 @@ class NonLocalBlock(nn.Module):
         self.key = nn.Conv2d(channels, inner, 1, bias=bias) if embedded else None
         self.value = nn.Conv2d(channels, inner, 1, bias=bias)
         self.project = nn.Conv2d(inner, channels, 1, bias=bias)
-        self.norm = nn.BatchNorm2d(channels) if batch_norm else None
+        self.norm = BatchNorm2d(channels) if batch_norm else None
         if zero_init:
             last = self.project if self.norm is None else self.norm
             for parameter in last.parameters():

@@ -9,7 +9,7 @@ from torch import nn
 
 from visattn_kernels.attention import attention, attention_map, channels_first, heads_last
 from visattn_kernels.errors import expected
-from visattn_kernels.nn.common import choice, count, image, pooled, renamed
+from visattn_kernels.nn.common import BatchNorm2d, choice, count, image, pooled, renamed
 from visattn_kernels.patterns import Window
 
 _ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU}
@@ -130,7 +130,7 @@ class OCNetBlock(nn.Module):
 def _convolution(channels: int, out_channels: int, activation: str) -> tuple[nn.Module, nn.Module, nn.Module]:
     """A 1x1 convolution, its norm and its activation."""
     act = _ACTIVATIONS[choice(activation, "activation", tuple(_ACTIVATIONS))]
-    return nn.Conv2d(channels, out_channels, 1), nn.BatchNorm2d(out_channels), act()
+    return nn.Conv2d(channels, out_channels, 1), BatchNorm2d(out_channels), act()
 
 
 def _strips(length: int, regions: int) -> list[tuple[slice, int]]:

@@ -6,39 +6,12 @@ test_nn_global.py, by the names of their entries.
 
 from __future__ import annotations
 
-import importlib
-import warnings
-
 import pytest
-import torch
 from modules import Row, close, normal, ready
+from published import published
 from torch import nn
 
 import visattn_kernels.nn as vn
-
-WHY = "compares with {}, which is not installed"
-
-
-def published(module: str, name: str):
-    """A class of a library, if that is there."""
-    library = module.partition(".")[0]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if library in ("timm", "torchvision"):
-            declare_torchvision()
-        pytest.importorskip(library, reason=WHY.format(library))
-        return getattr(importlib.import_module(module), name)
-
-
-def declare_torchvision():
-    """Let torchvision import where its compiled part does not fit torch; see test_published.py."""
-    try:
-        import torchvision  # noqa: F401
-    except ImportError:
-        pass
-    except RuntimeError:
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def hold(theirs, ours, channels: int) -> None:

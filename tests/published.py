@@ -1,0 +1,36 @@
+"""The libraries whose modules ours are compared with; a test that needs one is skipped where it is not installed."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+
+import pytest
+import torch
+
+WHY = "compares with {}, which is not installed; `make published` installs it"
+
+
+def declare_torchvision() -> None:
+    """Let torchvision import, of whose operators nothing here calls one.
+
+    Its compiled part loads only beside the build of torch that it was made for. Where it does not, the operators that
+    torchvision describes to torch must be declared for it to import at all.
+    """
+    try:
+        pytest.importorskip("torchvision", reason=WHY.format("torchvision"))
+    except RuntimeError:
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def published(module: str, *names: str):
+    """The things of these names in a module of a library, or a skip."""
+    library = module.partition(".")[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if library in ("timm", "torchvision", "transformers"):
+            declare_torchvision()
+        pytest.importorskip(library, reason=WHY.format(library))
+        found = importlib.import_module(module)
+    return getattr(found, names[0]) if len(names) == 1 else [getattr(found, name) for name in names]
