@@ -26,6 +26,10 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 def pytest_report_header() -> str:
     reasons = cpu.unavailable()
     return f"cpu backend: {'; '.join(reasons) if reasons else cpu.isa()}, torch {torch.__version__}"

@@ -635,6 +635,7 @@ def sanitized_environment(tmp_path: Path) -> dict[str, str]:
     return environment
 
 
+@pytest.mark.long
 def test_sanitizers_are_silent(tmp_path: Path) -> None:
     """This file once more, but for what needs torch or nvcc."""
     environment = sanitized_environment(tmp_path)

@@ -9,7 +9,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from building import ROOT, copy_source, pytest_on, run
+from building import ROOT, copy_source, pytest_on, run, sanitized_environment
 
 from visattn_kernels.backends import cpu
 
@@ -60,22 +60,12 @@ def test_wheel_serves_every_python_from_3_10(source: Path, tmp_path: Path) -> No
     assert "csrc/" not in names
 
 
+@pytest.mark.long
 @needs_engine
 def test_sanitizers_are_silent(source: Path, tmp_path: Path) -> None:
     """AddressSanitizer and UndefinedBehaviorSanitizer over the engine and its checks, random raw calls included."""
-    compiler = os.environ.get("CXX", "c++")
-    # The sanitizer must find the C++ runtime at its start, or it cannot intercept exceptions.
-    names = ("libasan.so", "libstdc++.so")
-    found = [run(compiler, f"-print-file-name={name}", cwd=tmp_path).strip() for name in names]
-    if not all(Path(path).is_absolute() for path in found):
-        pytest.skip(f"{compiler} lacks one of {names}")
+    environment = {**sanitized_environment(tmp_path), "PYTHONPATH": str(source)}
     run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", cwd=source, VISATTN_SANITIZE="1")
-    environment = {
-        "VISATTN_SANITIZE": "1",
-        "LD_PRELOAD": " ".join(found),
-        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
-        "PYTHONPATH": str(source),
-    }
     maps = run(
         sys.executable, "-c", "import torch, visattn_kernels; print(open('/proc/self/maps').read())",
         cwd=tmp_path, **environment,
