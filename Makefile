@@ -41,7 +41,7 @@ test: build
 # Equivalence with the modules of other libraries, which `make test` skips unless they are there.
 published: build
 	$(BIN)/python -m pip install -q -r requirements-published.txt -c requirements.txt
-	$(BIN)/python -m pytest -n 2 tests/test_published.py
+	$(BIN)/python -m pytest -n 2 tests/test_published.py tests/test_published_global.py tests/test_published_local.py tests/test_example_swap_in.py
 
 lint: build
 	$(BIN)/ruff check .

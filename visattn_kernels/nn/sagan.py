@@ -147,7 +147,7 @@ class WeightlessSelfAttention(nn.Module):
         backend: as in `attention`.
 
     Shape:
-        x (Tensor[B, C, H, W]), in either memory format; the result alike.
+        x (Tensor[B, C, H, W]), in either memory format; the result in channels-last.
 
     Memory:
         What `attention` takes.
