@@ -268,7 +268,7 @@ class Known:
 
 
 MODELS = {
-    "swin": Known(SWIN, swin, 4, 224, sum(DEPTHS), 8, sum(DEPTHS)),
+    "swin": Known(SWIN, swin, 4, 224, sum(DEPTHS), 4, sum(DEPTHS)),
     "sam": Known("SAM-B's encoder", sam, 16, 1024, 3, 1, 12),
 }
 
@@ -335,7 +335,7 @@ def _forward_alone(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return result(model, x)
 
 
-HEAD = ("pass", "ms before", "ms after", "quicker", "MB before", "MB after", "smaller", "difference")
+HEAD = ("pass", "ms", "ours", "quicker", "MB", "ours", "smaller", "differ")
 PASSES = {"forward": False, "fwd + bwd": True}
 
 
@@ -343,8 +343,8 @@ def main(
     model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "swin",
     image: Annotated[int, typer.Option(min=0, help="Side of the images; 0 is the model's own.")] = 0,
     layers: Annotated[int, typer.Option(min=0, help="The first layers alone; 0 is all of Swin, 3 of SAM.")] = 0,
-    batch: Annotated[int, typer.Option(min=0, help="Images; 0 is 8 for Swin, 1 for SAM.")] = 0,
-    repeats: Annotated[int, typer.Option(min=1, help="Passes of each that are timed.")] = 5,
+    batch: Annotated[int, typer.Option(min=0, help="Images; 0 is 4 for Swin, 1 for SAM.")] = 0,
+    repeats: Annotated[int, typer.Option(min=1, help="Passes of each that are timed.")] = 3,
     threads: Annotated[int, typer.Option(min=0, help="0 is as many as torch takes.")] = 0,
     seed: Annotated[int, typer.Option(help="Of weights and images.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder of the table, swap_in.md.")] = Path("out/swap_in"),
@@ -389,8 +389,8 @@ def main(
     machine = f"{hardware()['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     title = (
         f"{known.title} before and after {count} layers are swapped, images {settings.batch}×3×{settings.image}², "
-        "float32; MB at the peak, above the model; difference of results, then of the images' gradients, over their "
-        f"largest number; median of {repeats}; {machine}"
+        "float32; MB at the peak, above the model; what differs most in results, then in the images' gradients, over "
+        f"their largest number; median of {repeats}; {machine}"
     )
     runs.write_table(output / "swap_in.md", title, HEAD, rows)
 
