@@ -6,22 +6,10 @@ import importlib
 import warnings
 
 import pytest
-import torch
+
+from examples.swap_in import declare_torchvision
 
 WHY = "compares with {}, which is not installed; `make published` installs it"
-
-
-def declare_torchvision() -> None:
-    """Let torchvision import, of whose operators nothing here calls one.
-
-    Its compiled part loads only beside the build of torch that it was made for. Where it does not, the operators that
-    torchvision describes to torch must be declared for it to import at all.
-    """
-    try:
-        pytest.importorskip("torchvision", reason=WHY.format("torchvision"))
-    except RuntimeError:
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def published(module: str, *names: str):
