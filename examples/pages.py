@@ -36,10 +36,11 @@ def include(page: Path, name: str, text: str) -> None:
 def main() -> None:
     """Tables into docs/examples, pictures into docs/pictures; what has no run is left as it is."""
     for page in sorted((ROOT / "docs" / "examples").glob("*.md")):
-        table = ROOT / "out" / page.stem / "compare.md"
-        if table.exists():
-            include(page, page.stem, table.read_text())
-            typer.echo(f"{page}")
+        for name in re.findall("<!-- run:(\\w+) -->", page.read_text()):
+            table = ROOT / "out" / name / "compare.md"
+            if table.exists():
+                include(page, name, table.read_text())
+                typer.echo(f"{name} in {page.relative_to(ROOT)}")
     for name, run in PICTURES.items():
         if (ROOT / "out" / run).exists():
             content = io.BytesIO()

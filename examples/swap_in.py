@@ -347,7 +347,7 @@ def main(
     repeats: Annotated[int, typer.Option(min=1, help="Passes of each that are timed.")] = 3,
     threads: Annotated[int, typer.Option(min=0, help="0 is as many as torch takes.")] = 0,
     seed: Annotated[int, typer.Option(help="Of weights and images.")] = 0,
-    output: Annotated[Path, typer.Option(help="Folder of the table, swap_in.md.")] = Path("out/swap_in"),
+    output: Annotated[Path, typer.Option(help="Folder of the table, compare.md.")] = Path("out/swap_in"),
 ) -> None:
     """Put our attention into a published model with random weights; compare results, gradients, time and memory."""
     if model not in MODELS:
@@ -392,7 +392,7 @@ def main(
         "float32; MB at the peak, above the model; what differs most in results, then in the images' gradients, over "
         f"their largest number; median of {repeats}; {machine}"
     )
-    runs.write_table(output / "swap_in.md", title, HEAD, rows)
+    runs.write_table(output / "compare.md", title, HEAD, rows)
 
 
 if __name__ == "__main__":

@@ -170,7 +170,7 @@ def test_command(tmp_path):
     command = [sys.executable, "-m", "examples.swap_in", *options, "--output", tmp_path]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "12/12" in run.stderr
-    title, _, head, _, *rows = (tmp_path / "swap_in.md").read_text().splitlines()
+    title, _, head, _, *rows = (tmp_path / "compare.md").read_text().splitlines()
     assert title.startswith("swin_tiny_patch4_window7_224 before and after 2 layers are swapped, images 1×3×56²")
     assert [name.strip() for name in head.strip("| ").split("|")] == list(swap_in.HEAD)
     cells = [[cell.strip() for cell in row.strip("| ").split("|")] for row in rows]
