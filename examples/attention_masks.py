@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -52,14 +53,16 @@ def scenes(numbers: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor
     for i, digit in enumerate(source):
         for _ in range(FRAGMENTS):
             y, x = random.integers(0, 6, 2)
-            _put(canvas[i], source[random.integers(len(source))][y : y + 3, x : x + 3], random.integers(6, 10), random)
-        place = _put(canvas[i], digit, random.integers(18, 29), random)
-        boxes[i][place] = 1
+            _put(canvas[i], source[random.integers(len(source))][y : y + 3, x : x + 3], (6, 9), random)
+        boxes[i][_put(canvas[i], digit, (18, 28), random)] = 1
     return torch.from_numpy(canvas)[:, None].clamp(0, 1), torch.from_numpy(boxes)[:, None]
 
 
-def _put(canvas: np.ndarray, piece: np.ndarray, side: int, random: np.random.Generator) -> tuple[slice, slice]:
-    """Enlarge a piece to a side, and put it somewhere over what is there; returns the place."""
+def _put(
+    canvas: NDArray[np.float32], piece: NDArray[np.float32], sides: tuple[int, int], random: np.random.Generator
+) -> tuple[slice, slice]:
+    """Enlarge a piece to a side between two, and put it somewhere over what is there; returns the place."""
+    side = int(random.integers(sides[0], sides[1] + 1))
     large = np.asarray(Image.fromarray(piece).resize((side, side), Image.Resampling.BICUBIC))
     y, x = random.integers(0, SIZE - side + 1, 2)
     place = slice(y, y + side), slice(x, x + side)
@@ -144,8 +147,8 @@ class Classifier(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (Tensor[B, 10]) and masks (Tensor[B, M, 16, 16])."""
         x = self.trunk(x)
-        one = isinstance(self.attention, SpatialAttentionMask)
-        masks = self.attention.mask(x) if one else self.attention.masks(x)
+        attention = self.attention
+        masks = attention.mask(x) if isinstance(attention, SpatialAttentionMask) else attention.masks(x)
         return self.head(masked_pool(x, masks).flatten(1)), masks
 
 
@@ -187,14 +190,14 @@ class Training:
 
 def inside(masks: torch.Tensor, boxes: torch.Tensor) -> float:
     """The share of the masks' weight that lies on the digits."""
-    covered = F.adaptive_avg_pool2d(boxes, masks.shape[2:])  # the part of each position's square
+    covered = F.adaptive_avg_pool2d(boxes, (masks.shape[2], masks.shape[3]))  # the part of each position's square
     return ((masks * covered).sum((2, 3)) / masks.sum((2, 3))).mean().item()
 
 
 def picture(images: torch.Tensor, masks: torch.Tensor) -> Image.Image:
     """A sheet: some scenes, and under each its masks, one a row."""
     shown = runs.pixels(images, 0, 1)
-    return runs.sheet([shown, *(runs.overlay(shown, masks[:, head]) for head in range(masks.shape[1]))])
+    return runs.sheet([shown, *(runs.overlay(shown, masks[:, head]) for head in range(masks.shape[1]))], scale=2)
 
 
 def history(images: torch.Tensor, epochs: torch.Tensor) -> Image.Image:
@@ -205,7 +208,7 @@ def history(images: torch.Tensor, epochs: torch.Tensor) -> Image.Image:
         epochs (Tensor[E, N, M, h, w]): the masks.
     """
     shown = runs.pixels(images, 0, 1).repeat_interleave(epochs.shape[2], 0)
-    return runs.sheet([shown, *(runs.overlay(shown, masks.flatten(0, 1)) for masks in epochs.float())])
+    return runs.sheet([shown, *(runs.overlay(shown, masks.flatten(0, 1)) for masks in epochs.float())], scale=2)
 
 
 class NaiveMask(MultiHeadAttentionMask):
@@ -235,7 +238,7 @@ EPOCHS = ("epoch", "loss", "accuracy", "diversity loss", "weight on the digit")
 
 def main(
     heads: Annotated[int, typer.Option(min=1, max=PICTURES, help="Masks.")] = 4,
-    diversity: Annotated[float, typer.Option(min=0, help="Weight of the diversity loss; 0 leaves it out.")] = 0.1,
+    diversity: Annotated[float, typer.Option(min=0, help="Weight of the diversity loss; 0 leaves it out.")] = 0.01,
     epochs: Annotated[int, typer.Option(min=1, help="Times through the digits, each time in new scenes.")] = 15,
     width: Annotated[int, typer.Option(min=1, help="Channels of the first stage; the last has four times these.")] = 16,
     batch: Annotated[int, typer.Option(min=2, help="Images of a step.")] = 32,
@@ -266,7 +269,7 @@ def main(
     training = Training(width, heads, diversity)
     if run.state is None and weights is not None:
         training.model.trunk.load(weights)
-    unseen = slice(runs.TRAINING, runs.TRAINING + max(PICTURES, images // 4))
+    unseen = slice(runs.TRAINING, runs.TRAINING + max(PICTURES, -(-images // 4)))
     checked, boxes = scenes(numbers[unseen], seed)
     shown = checked[: PICTURES // heads]
     told: list[list[float]] = []
@@ -292,7 +295,7 @@ def main(
         for epoch in range(len(told), epochs + 1):
             seen, _ = scenes(numbers[:images], seed + epoch)
             losses = []
-            for some in torch.randperm(images).split(batch)[:steps]:
+            for some in torch.split(torch.randperm(images), batch)[:steps]:
                 losses.append(training.step(seen[some], labels[:images][some]))
                 one(loss=losses[-1])
             look(epoch, sum(losses) / len(losses))
@@ -300,9 +303,7 @@ def main(
     torch.save(training.model.trunk.state_dict(), trunk)
     Target(output / "trunk.pt").write(trunk.getvalue())
     rows = [[f"{int(row[0])}", *(f"{value:.3f}" for value in row[1:])] for row in told]
-    title = (
-        f"Validation on {len(checked)} scenes; an even mask would have {boxes.mean():.3f} of its weight on the digit"
-    )
+    title = f"Validation on {len(checked)} scenes; an even mask has {boxes.mean():.3f} of its weight on the digit"
     runs.write_table(output / "epochs.md", title, EPOCHS, rows)
     typer.echo(f"{run.picture('masks', history(shown, torch.stack(kept)))}")
 
