@@ -117,7 +117,7 @@ def test_convolutions_are_counted():
 
 def test_the_comparison_writes_a_table(tmp_path, monkeypatch):
     monkeypatch.setattr(axial_resnet, "KINDS", {"lr": axial_resnet.KINDS["lr"]})
-    assert run(tmp_path, "--compare", 1).exit_code == 0
+    assert run(tmp_path, "--kind", "lr", "--compare", 1).exit_code == 0
     lines = (tmp_path / "compare.md").read_text().splitlines()
     assert lines[0].startswith("Forward and backward of a ResNet of width 8, blocks a stage: 1, 4 images of 32×32;")
     rows = [line.strip("| ").split(" | ") for line in lines[4:]]
