@@ -93,6 +93,18 @@ def seed(number: int) -> None:
     np.random.seed(number)
 
 
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """Scikit-learn's 1797 handwritten digits (Tensor[N, 1, 8, 8], from 0 to 1), and which they are (Tensor[N])."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    return torch.from_numpy(found.images).float()[:, None] / 16, torch.from_numpy(found.target)
+
+
+TRAINING = 1437
+"""How many of the digits train; the others, of other hands, are for validation."""
+
+
 def pixels(images: torch.Tensor, low: float, high: float) -> torch.Tensor:
     """Images (Tensor[N, 1 or 3, H, W]) from [low, high] to bytes (Tensor[N, H, W, 3])."""
     scaled = ((images.detach().float() - low) / (high - low)).clamp(0, 1) * 255
@@ -107,6 +119,11 @@ def heat(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     scaled = maps / maps.flatten(1).amax(1).clamp_min(1e-30)[:, None, None]
     big = torch.nn.functional.interpolate(scaled[:, None], size, mode="nearest")[:, 0]
     return torch.from_numpy(colormaps["inferno"](big.numpy())[..., :3] * 255).round().to(torch.uint8)
+
+
+def overlay(images: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """Pictures (Tensor[N, H, W, 3], bytes), dimmed, under rows of a map (Tensor[N, h, w]) as heat."""
+    return (0.4 * images + 0.6 * heat(maps, (images.shape[1], images.shape[2]))).round().to(torch.uint8)
 
 
 def sheet(rows: Sequence[torch.Tensor], scale: int = 1, gap: int = 2) -> Image.Image:
@@ -178,9 +195,13 @@ def report(
         )
         for name, cost in costs.items()
     ]
+    write_table(folder / "compare.md", measured(title, repeats), HEAD, rows)
+
+
+def measured(title: str, repeats: int) -> str:
+    """The title of a table, with how and on what its times were taken."""
     cpu = hardware()["cpu"]
-    machine = f"{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    write_table(folder / "compare.md", f"{title}; median of {repeats}; {machine}", HEAD, rows)
+    return f"{title}; median of {repeats}; {cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 HEAD = ("attention", "ms", "quicker", "peak MB", "smaller")
