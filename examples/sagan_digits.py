@@ -101,12 +101,9 @@ class Discriminator(nn.Sequential):
 
 def digits() -> torch.Tensor:
     """The 7s and 8s of scikit-learn's digits, Tensor[353, 1, 64, 64] in [-1, 1]."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    images = torch.from_numpy(found.images[(found.target == 7) | (found.target == 8)]).float()  # from 0 to 16
-    large = F.interpolate(images[:, None], (SIZE, SIZE), mode="bicubic", align_corners=False)
-    return large.clamp(0, 16) / 8 - 1
+    images, labels = runs.digits()
+    chosen = images[(labels == 7) | (labels == 8)]
+    return F.interpolate(chosen, (SIZE, SIZE), mode="bicubic", align_corners=False).clamp(0, 1) * 2 - 1
 
 
 class Training:

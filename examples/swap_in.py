@@ -22,7 +22,6 @@ import torch
 import typer
 from torch import nn
 
-from benchmarks.machine import hardware
 from examples import runs
 from visattn_kernels import Global, RelativeBias, RelativeQuery, Window, attention
 from visattn_kernels.errors import expected, told
@@ -386,13 +385,12 @@ def main(
                 f"{far:.1e}",
             )
         )
-    machine = f"{hardware()['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     title = (
         f"{known.title} before and after {count} layers are swapped, images {settings.batch}×3×{settings.image}², "
         "float32; MB at the peak, above the model; what differs most in results, then in the images' gradients, over "
-        f"their largest number; median of {repeats}; {machine}"
+        "their largest number"
     )
-    runs.write_table(output / "compare.md", title, HEAD, rows)
+    runs.write_table(output / "compare.md", runs.measured(title, repeats), HEAD, rows)
 
 
 if __name__ == "__main__":
