@@ -479,7 +479,8 @@ def cells_command(
     """Compile the CUDA kernels with nvcc, and tell what they take; no GPU is needed."""
     unknown = sorted(set(file or ()) - set(sources()))
     if unknown:
-        raise _fail(f"expected files among {', '.join(sources())}, but got --file {unknown[0]}")
+        rule = "--file to be a cell's, <dtype>_<pass>_<D>_<Dv> as in visattn_kernels/backends/cells.py"
+        raise _fail(f"visattn: expected {rule}, but got --file={unknown[0]}")
     if to is None and not arch and not file:
         to = cells.FILE
     with err.status("") as status:

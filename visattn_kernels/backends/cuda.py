@@ -109,7 +109,7 @@ def unsupported(problem: Problem) -> list[str]:
         reasons.append(f"the dtype is {str(problem.dtype).removeprefix('torch.')}, not one of {names}")
         return reasons
     if problem.value_dim == 0:
-        return [*reasons, "they do not read the map"]
+        return [*reasons, "its kernels do not read the map; those of Triton do"]
     if max(problem.queries.height * problem.queries.width, problem.keys.height * problem.keys.width) >= MOST:
         reasons.append(f"a map may have fewer than {MOST} positions")
     if isinstance(problem.pattern, Neighborhood) and problem.pattern.border == "zero":
@@ -123,7 +123,11 @@ def unsupported(problem: Problem) -> list[str]:
         pairs = ", ".join(f"{d}/{dv}" for d, dv in listed)
         reasons.append(f"D and Dv are {widths[0]}/{widths[1]}, not one of {pairs}")
     elif max(KINDS.index(other) for other in listed[widths]) < KINDS.index(kind):
-        what = {"kVectors": "relative vector terms", "kBias": "RelativeBias or KeyBias", "kMasked": "neighbourhoods"}
+        what = {
+            "kVectors": "relative vector terms",
+            "kBias": "RelativeBias or KeyBias",
+            "kMasked": "pairs left out by a pattern",
+        }
         reasons.append(f"no kernel of D {widths[0]} and Dv {widths[1]} has {what[kind]}")
     if not reasons and (emulate or not _no_gpu()):  # without a GPU there is nothing to ask for its memory
         needed = max(shared_bytes(problem, which) for which in ("forward", "queries", "keys"))
