@@ -31,7 +31,7 @@ ARCHS = ("80", "90a", "100", "120")
 SPILLS = 96
 """Bytes of a thread's registers that may be spilled, in the kernels of `SPILLING` alone."""
 
-SPILLING = {("keys", 80, 80, "kVectors")}
+SPILLING = {("keys", 80, 80, "kVectors"), ("keys", 128, 128, "kMasked")}
 """Pass, D, Dv and kind of the kernels whose accumulators alone are near the 255 registers of a thread."""
 
 FLAGS = ("-std=c++17", "-O3", "-Xptxas=-v")
