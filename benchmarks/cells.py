@@ -198,6 +198,8 @@ def summary() -> str:
     if not FILE.exists():
         return "There is no record yet."
     record = json.loads(FILE.read_text())
-    return (
-        f"nvcc {record['nvcc']}: registers of a thread, and bytes of them that are spilled.\n\n{table(record['rows'])}"
+    note = (
+        "registers of a thread, and bytes of them that are spilled. Last, the minutes of all files one after the other "
+        "(they are compiled one a core, here beside other work), and the bytes of their objects."
     )
+    return f"nvcc {record['nvcc']}: {note}\n\n{table(record['rows'])}"
