@@ -244,7 +244,7 @@ def main(
     batch: Annotated[int, typer.Option(min=2, help="Images of a step.")] = 32,
     images: Annotated[int, typer.Option(min=2, max=runs.TRAINING, help="Digits to train on.")] = runs.TRAINING,
     weights: Annotated[Path | None, typer.Option(help="State dict of a trunk to begin with, such as trunk.pt.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of weights, scenes and order.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=runs.SEEDS, help="Of weights, scenes and order.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("out/attention_masks"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew, though the folder has a run.")] = False,
     compare: Annotated[int, typer.Option(min=0, help="Instead: time so many poolings, and naive ones.")] = 0,

@@ -271,7 +271,7 @@ def main(
     blocks: Annotated[int, typer.Option(min=1, help="Blocks of each stage.")] = 1,
     batch: Annotated[int, typer.Option(min=2, max=runs.TRAINING, help="Images of a step.")] = 32,
     every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,
-    seed: Annotated[int, typer.Option(min=0, help="Of weights and order.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=runs.SEEDS, help="Of weights and order.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("out/axial_resnet"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew, though the folder has a run.")] = False,
     compare: Annotated[int, typer.Option(min=0, help="Instead: compare all kinds, so many steps of each timed.")] = 0,

@@ -87,6 +87,10 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[..., Non
         yield one
 
 
+SEEDS = 2**31 - 1
+"""The largest seed."""
+
+
 def seed(number: int) -> None:
     """The same run for the same number."""
     torch.manual_seed(number)
@@ -191,7 +195,7 @@ def report(
             f"{cost.seconds * 1e3:.0f}",
             f"{first.seconds / cost.seconds:.2f}×",
             f"{cost.peak / 2**20:.0f}",
-            f"{first.peak / cost.peak:.1f}×",
+            f"{first.peak / max(cost.peak, 1):.1f}×",
         )
         for name, cost in costs.items()
     ]
@@ -234,7 +238,10 @@ def command(main: Callable[..., None]) -> None:
             raise
         message, status = str(error), InputError.exit_code
     except (KeyboardInterrupt, click.Abort):
-        message, status = "interrupted; the same command goes on from the last checkpoint", 130
+        message, status = (
+            "interrupted; a run goes on from its last checkpoint, if it has one and there is no --fresh",
+            130,
+        )
     else:
         sys.exit(status)
     typer.echo(message, err=True)

@@ -345,7 +345,7 @@ def main(
     batch: Annotated[int, typer.Option(min=0, help="Images; 0 is 4 for Swin, 1 for SAM.")] = 0,
     repeats: Annotated[int, typer.Option(min=1, help="Passes of each that are timed.")] = 3,
     threads: Annotated[int, typer.Option(min=0, help="0 is as many as torch takes.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of weights and images.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=runs.SEEDS, help="Of weights and images.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder of the table, compare.md.")] = Path("out/swap_in"),
 ) -> None:
     """Put our attention into a published model with random weights; compare results, gradients, time and memory."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import sys
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from nn_global import ROWS as GLOBAL_ROWS
 from nn_local import ROWS as LOCAL_ROWS
 from torch import nn
 
+import visattn_kernels as va
 import visattn_kernels.nn as vn
 from visattn_kernels.backends import cpu
 
@@ -62,16 +64,18 @@ def test_gradcheck(row: Row, training: bool) -> None:
     torch.autograd.gradcheck(f, (x, *parameters.values()), fast_mode=True)
 
 
-@each_row
-def test_float32(row: Row) -> None:
-    """Rounding, and no more, lies between float32 and float64."""
-    size = row.sizes[0]
-    x = maps(row, size)[0]
-    exact = ready(row)
-    module = ready(row, dtype=torch.float32)
+@each_mode
+def test_float32(row: Row, training: bool) -> None:
+    """Rounding, and no more, lies between float32 and float64: some times what the dense formula rounds in float32."""
+    x = maps(row, row.sizes[0])[0]
+    exact, module, dense = (ready(row, training, dtype) for dtype in (torch.float64, torch.float32, torch.float32))
+    true = results(exact, exact, x)
+    eager = results(dense, lambda x: row.dense(dense, x), x.float())
     got = results(module, module, x.float())
     assert got["out"].dtype == torch.float32
-    close(got, results(exact, exact, x), rtol=2e-5)
+    for name, value in true.items():
+        error, rounded = ((found[name] - value).abs().max().item() for found in (got, eager))
+        assert error <= 10 * rounded + 2e-5 * max(value.abs().max().item(), 1), f"{name}: off by {error}, not {rounded}"
 
 
 @each_row
@@ -121,6 +125,60 @@ def test_compile(row: Row, training: bool) -> None:
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     x = maps(row, row.sizes[0])[0]
     close(results(module, compiled, x), results(plain, plain, x))
+
+
+DYNAMIC = {type(row.make()): row for row in reversed(ROWS) if len(row.sizes) > 1 and "pyramid" not in row.name}
+"""A row of each module."""
+
+
+@pytest.mark.parametrize("row", DYNAMIC.values(), ids=lambda row: row.name)
+def test_compile_for_any_size(row: Row) -> None:
+    """Not OCNet's pyramid: its windows are as large as its regions, so each size compiles anew."""
+    torch._dynamo.reset()
+    module = ready(row)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="eager")
+    for size in row.sizes[:2]:
+        x = maps(row, size)[0]
+        close({"out": compiled(x).detach()}, {"out": module(x).detach()})
+
+
+@each_mode
+def test_no_map(row: Row, training: bool) -> None:
+    """An empty batch gives an empty result, and leaves no NaN behind. Torch's own batch norm refuses it in training."""
+    module = ready(row, training)
+    if training and any(isinstance(part, nn.BatchNorm2d) for part in module.modules()):
+        return
+    height, width = row.sizes[0]
+    y = module(torch.zeros(0, row.channels, height, width, dtype=torch.float64))
+    assert len(y) == 0
+    assert not any(x.isnan().any() for x in module.state_dict().values())
+
+
+GLOBAL = va.Global()
+MAPPED = [row for row in ROWS if hasattr(row.make(), "attention_map") and getattr(row.make(), "regions", 1) == 1]
+
+
+@pytest.mark.parametrize("row", MAPPED, ids=lambda row: row.name)
+def test_attention_map(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of what `forward` attends by, its last call, which the dense formula holds."""
+    module = ready(row)
+    calls = []
+
+    def recorded(q, k, v, pattern=GLOBAL, *, scale=None, terms=(), backend="auto"):
+        calls.append((q, k, pattern, scale, terms))
+        return va.attention(q, k, v, pattern, scale=scale, terms=terms, backend=backend)
+
+    for name in {cls.__module__ for cls in type(module).__mro__ if cls.__module__.startswith("visattn_kernels.nn")}:
+        monkeypatch.setattr(sys.modules[name], "attention", recorded, raising=False)
+    x = maps(row, row.sizes[0])[0]
+    module(x)
+    q, k, pattern, scale, terms = calls[-1]
+    at = [(0, 0), (q.shape[1] - 1, q.shape[2] // 2)]
+    expected = va.attention_map(q, k, at, pattern, scale=scale, terms=terms, backend="reference")
+    rows = module.attention_map(x, at)
+    if rows.dim() == 4:  # of one head
+        expected = expected.squeeze(2)
+    close({"rows": rows}, {"rows": expected})
 
 
 @each_row

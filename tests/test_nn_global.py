@@ -377,3 +377,48 @@ def test_translated_gammas():
     assert channels.gamma.item() == 0.5
     with pytest.raises(ValueError, match="expected a state dict with the entries"):
         channels.translate(state)
+
+
+SAGAN_NAMES = {
+    "biggan": {"query": "theta", "key": "phi", "value": "g", "project": "o", "sigma": "gamma"},
+    "snconv": {"query": "snconv1x1_theta", "key": "snconv1x1_phi", "value": "snconv1x1_g", "project": "snconv1x1_attn"},
+    "tutorial": {"query": "query_conv", "key": "key_conv", "value": "value_conv", "sigma": "gamma"},
+}
+
+
+@pytest.mark.parametrize("which", SAGAN_NAMES)
+def test_sagan_of_others(which: str) -> None:
+    """Their names, and gammas of shape [1]."""
+    options = {"pool": 1, "bias": True, "project": False} if which == "tutorial" else {}
+    ours = ready(Row("sagan", lambda: vn.SAGANAttention(8, **options), None))
+    theirs = {}
+    for name, x in ours.state_dict().items():
+        layer, dot, rest = name.partition(".")
+        theirs[SAGAN_NAMES[which].get(layer, layer) + dot + rest] = x.reshape(1) if layer == "sigma" else x
+    fresh = vn.SAGANAttention(8, **options).double()
+    fresh.load_state_dict(vn.SAGANAttention.translate(theirs))
+    x = normal(1, 8, 4, 6)
+    torch.testing.assert_close(fresh(x), ours(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["torch", "biggan"])
+def test_sagan_with_spectral_norm_of_others(old: bool) -> None:
+    """torch's older spectral norm, and BigGAN-PyTorch's, which keeps u as a row and the singular value beside it."""
+    make = torch.nn.utils.spectral_norm if old else lambda layer: layer
+    theirs = torch.nn.ModuleDict({name: torch.nn.Conv2d(*sizes, 1, bias=False) for name, sizes in
+                                  {"theta": (8, 1), "phi": (8, 1), "g": (8, 4), "o": (4, 8)}.items()})  # fmt: skip
+    theirs = torch.nn.ModuleDict({name: make(layer) for name, layer in theirs.items()}).double()
+    state = {"gamma": torch.tensor(0.7, dtype=torch.float64)}
+    for name, layer in theirs.items():
+        for _ in range(30 if old else 0):
+            layer.train()(normal(1, layer.in_channels, 2, 2))
+        if not old:
+            left, sizes, _ = torch.linalg.svd(layer.weight.flatten(1), full_matrices=False)
+            state |= {f"{name}.u0": left[:, :1].T.detach(), f"{name}.sv0": sizes[:1].detach()}
+        state |= {f"{name}.{key}": x for key, x in layer.state_dict().items()}
+    ours = vn.SAGANAttention(8, spectral_norm=True).double()
+    ours.load_state_dict(vn.SAGANAttention.translate(state))
+    for name, layer in {"theta": ours.query, "phi": ours.key, "g": ours.value, "o": ours.project}.items():
+        weight = theirs[name].weight_orig if old else theirs[name].weight
+        largest = torch.linalg.matrix_norm(weight.flatten(1), 2)
+        torch.testing.assert_close(layer.eval().weight, (weight / largest).detach(), rtol=1e-6, atol=1e-9)

@@ -121,21 +121,3 @@ def test_axial_factor_of_zero():
             module.norm_logits.weight.data[:2] = 0
         x = normal(2, row.channels, *row.sizes[0])
         close(results(ours, ours, x), results(theirs, lambda x, theirs=theirs: row.dense(theirs, x), x))
-
-
-MAPPED = [row for row in ROWS if hasattr(row.make(), "attention_map")]
-
-
-@pytest.mark.parametrize("row", MAPPED, ids=lambda row: row.name)
-def test_attention_map(row):
-    """Rows that sum to 1, less what lies outside the map; of the layer's own positions."""
-    module = ready(row)
-    height, width = row.sizes[0]
-    x = normal(2, row.channels, height, width)
-    rows = module.attention_map(x, [(0, 0), (height - 1, width // 2)])
-    sums = rows.sum((3, 4))
-    assert rows.shape[:2] == (2, 2)
-    assert (rows >= 0).all()
-    padded = getattr(getattr(module, "pattern", None), "border", None) == "zero"
-    torch.testing.assert_close(sums.clamp(min=1) if padded else sums, torch.ones_like(sums))
-    assert not padded or (sums > 0).all()

@@ -213,7 +213,7 @@ def diversity_loss(masks: torch.Tensor, *, norm: str = "sqrt") -> torch.Tensor:
         normalised = _NORMS[kind](masks.flatten(2).to(torch.promote_types(masks.dtype, torch.float32)))
         gram = normalised @ normalised.transpose(1, 2)  # [B, M, M]
         unit = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-        return (gram - unit).square().sum((1, 2)).mean()
+        return (gram - unit).square().sum() / max(len(gram), 1)  # 0 of no image
 
 
 def _shares(flat: torch.Tensor) -> torch.Tensor:

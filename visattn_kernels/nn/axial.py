@@ -9,7 +9,18 @@ from torch import nn
 
 from visattn_kernels.attention import attention, attention_map, channels_first, heads_last
 from visattn_kernels.errors import expected
-from visattn_kernels.nn.common import BatchNorm2d, as_convolution, by_reach, choice, count, image, renamed, share
+from visattn_kernels.nn.common import (
+    BatchNorm2d,
+    as_convolution,
+    averaged,
+    by_reach,
+    choice,
+    count,
+    image,
+    pair,
+    renamed,
+    share,
+)
 from visattn_kernels.patterns import AXES, Column, Row
 from visattn_kernels.terms import RelativeKey, RelativeQuery, RelativeValue, Term
 
@@ -49,6 +60,10 @@ class AxialAttention(nn.Module):
     Raises:
         TypeError, ValueError: an argument is no integer, too small, or no choice; no `size` where it is needed.
         RuntimeError: x is no map of C channels, or not of `size` along the axis.
+
+    Batch norms in evaluation while the module trains, as frozen ones are, use what they recorded. The norm of the
+    logits is of a class of its own: `convert_sync_batchnorm` and `torch.optim.swa_utils.update_bn` leave it as it is.
+    Its variance is E[x²] − E[x]², which loses digits where means are a hundred times what varies.
 
     Memory:
         Evaluation folds the norms into factors: the convolution's output, q and k at most twice as wide, and one copy
@@ -111,11 +126,11 @@ class AxialAttention(nn.Module):
         q, k, terms = self._logits(q, k)
         norm = self.norm_output
         rel_v: torch.Tensor | None = self.relative_value
-        batch_statistics = norm is not None and self.training
+        batch_statistics = norm is not None and norm.training
         if batch_statistics and rel_v is not None:  # the two sums side by side, [..., Dv, 2]
             v = nn.functional.pad(v[..., None], (0, 1)).flatten(-2)
             rel_v = nn.functional.pad(rel_v[..., None], (1, 0)).flatten(-2)
-        elif norm is not None and not self.training:  # weights sum to 1, so that shifts can go with the values
+        elif norm is not None and not norm.training:  # weights sum to 1, so that shifts can go with the values
             factor, shift = (x.to(v.dtype).view(self.heads, self.widths[2], -1) for x in _recorded(norm))
             v = torch.addcmul(shift.sum(-1), v, factor[..., 0])
             rel_v = None if rel_v is None else rel_v * factor[:, None, :, 1]
@@ -124,12 +139,12 @@ class AxialAttention(nn.Module):
         y = channels_first(attention(q, k, v, self.pattern, scale=self.scale, terms=terms, backend=self.backend))
         if norm is not None and batch_statistics:
             y = norm(y) if rel_v is None else norm(y).unflatten(1, (-1, 2)).sum(2)
-        return y if self.stride == 1 else nn.functional.avg_pool2d(y, self.stride)
+        return averaged(y, self.stride)
 
     def attention_map(self, x: torch.Tensor, at: Sequence[tuple[int, int]] | torch.Tensor) -> torch.Tensor:
-        """The map's rows of the positions `at`, points (y, x): `[B, len(at), heads, H, W]`, float32.
+        """The map's rows of the positions `at`, points (y, x): `[B, len(at), heads, H, W]`.
 
-        A call in training updates the statistics, as `forward` does.
+        float32, or float64 for float64 maps. A call in training updates the statistics, as `forward` does.
         """
         q, k, _ = self._heads(x)
         q, k, terms = self._logits(q, k)
@@ -146,7 +161,7 @@ class AxialAttention(nn.Module):
             rule = f"x of {self.axis} {self.size}, which the tables are made for"
             hint = "A module with a span takes any size."
             raise expected(rule, "x.shape", list(x.shape), RuntimeError, hint)
-        if self.norm_qkv is None or self.training:
+        if self.norm_qkv is None or self.norm_qkv.training:
             qkv = self.qkv(x) if self.norm_qkv is None else self.norm_qkv(self.qkv(x))
         else:  # one map less
             factor, shift = _recorded(self.norm_qkv)
@@ -159,7 +174,7 @@ class AxialAttention(nn.Module):
         rel_q: torch.Tensor | None = self.relative_query
         rel_k: torch.Tensor | None = self.relative_key
         if self.norm_logits is not None:
-            moments = self._moments(q, k) if self.training else None
+            moments = self._moments(q, k) if self.norm_logits.training and len(q) else None
             of_qk, *others = self.norm_logits(moments).to(q.dtype)[..., None]  # each [heads, 1]
             rel_q = None if rel_q is None else rel_q * others[0][:, None]
             rel_k = None if rel_k is None else rel_k * others[-1][:, None]
@@ -334,7 +349,7 @@ class AxialBlock(nn.Module):
         super().__init__()
         self.channels, self.stride = count(channels, "channels"), count(stride, "stride")
         out = 2 * mid_channels if out_channels is None else count(out_channels, "out_channels")
-        height, width = size if isinstance(size, tuple) else (size, size)
+        height, width = (None, None) if size is None else pair(size)
         shared = {"heads": heads, "span": span, "position": position, "backend": backend}
         self.down = nn.Conv2d(channels, count(mid_channels, "mid_channels"), 1, bias=False)
         self.norm_down = BatchNorm2d(mid_channels)

@@ -20,7 +20,7 @@ def image(x: object, channels: int | None = None, argument: str = "x") -> torch.
         TypeError, RuntimeError: it is none.
     """
     x = strided(x, argument)
-    if x.dim() != 4 or channels not in (None, x.shape[1]):
+    if x.dim() != 4 or (channels is not None and x.shape[1] != channels):
         shape = f"[B, {'C' if channels is None else channels}, H, W]"
         raise expected(f"{argument} of shape {shape}", f"{argument}.shape", list(x.shape), RuntimeError)
     return x
@@ -51,7 +51,18 @@ def choice(value: object, argument: str, options: tuple[str, ...]) -> str:
 
 def pooled(x: torch.Tensor, factor: int) -> torch.Tensor:
     """The map max-pooled by a factor; what it leaves over of an odd size is dropped."""
-    return x if factor == 1 else nn.functional.max_pool2d(x, factor)
+    return x if factor == 1 else nn.functional.max_pool2d(_at_least(x, factor), factor)
+
+
+def averaged(x: torch.Tensor, stride: int) -> torch.Tensor:
+    """The map average-pooled by a stride; what it leaves over of an odd size is dropped."""
+    return x if stride == 1 else nn.functional.avg_pool2d(_at_least(x, stride), stride)
+
+
+def _at_least(x: torch.Tensor, side: int) -> torch.Tensor:
+    if x.shape[2] < side or x.shape[3] < side:
+        raise expected(f"a map of at least {side}×{side}, which is pooled", "x.shape", list(x.shape), RuntimeError)
+    return x
 
 
 def renamed(state: Mapping[str, torch.Tensor], names: Mapping[str, str | None]) -> dict[str, torch.Tensor]:

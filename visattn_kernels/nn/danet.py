@@ -111,9 +111,11 @@ class DANetChannelAttention(nn.Module):
     def channel_map(self, x: torch.Tensor) -> torch.Tensor:
         """How much each channel looks at each: `[B, C, C]`, rows sum to 1."""
         seen = image(x).flatten(2)
-        energy = seen @ seen.transpose(1, 2)
-        # softmax(max - E) is softmax(-E): what a whole row shares cancels
-        return torch.softmax(-energy if self.subtract else energy, dim=-1)
+        with torch.autocast(seen.device.type, enabled=False):  # sums over positions are too large for 16 bits
+            wide = seen.to(torch.promote_types(seen.dtype, torch.float32))
+            energy = wide @ wide.transpose(1, 2)
+            # softmax(max - E) is softmax(-E): what a whole row shares cancels
+            return torch.softmax(-energy if self.subtract else energy, dim=-1).to(seen.dtype)
 
     @staticmethod
     def translate(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -42,8 +42,8 @@ class LocalRelation(nn.Module):
         RuntimeError: x is no map of C channels.
 
     Memory:
-        q, k, for the squared difference a number for each key and group, and what `attention` takes. Never a number
-        for each pair.
+        q, k, for the squared difference those once more and a number for each key and group, and what `attention`
+        takes. Never a number for each pair.
 
     References:
         Hu et al., 2019, equations 2 to 4. Their |q - k| is no dot product and is not here.
@@ -97,6 +97,9 @@ class LocalRelation(nn.Module):
         q, k = heads_last(self.query(x), self.heads), heads_last(self.key(x), self.heads)
         terms: list[Term] = [RelativeBias(by_reach(by_reach(self._prior(x), 1), 2).to(q.dtype))]
         if self.similarity == "squared_difference":
+            if self.pattern.border != "zero":  # what q and k share cancels, and would take the digits of 16 bits
+                centre = k.detach().mean((1, 2), keepdim=True)
+                q, k = q - centre, k - centre
             terms.append(KeyBias(-k.square().sum(-1)))
         return q, k, terms
 

@@ -64,7 +64,9 @@ class GridAttention(PackedAttention):
 
     @staticmethod
     def translate(
-        state: Mapping[str, torch.Tensor], grid_size: int | tuple[int, int] | None = None, head_first: bool = True
+        state: Mapping[str, torch.Tensor],
+        grid_size: int | tuple[int, int] | None = None,
+        head_first: bool | None = None,
     ) -> dict[str, torch.Tensor]:
         """Our state dict of that of `AttentionCl` or `Attention2d` in timm's MaxViT.
 
@@ -72,9 +74,12 @@ class GridAttention(PackedAttention):
             state: theirs, with a table `[heads, 2h-1, 2w-1]` by key minus query (their `rel_pos_type="bias_tf"`), or
                 `[(2h-1)(2w-1), heads]` by query minus key ("bias").
             grid_size: sides of a window that is not square; only the second table needs them.
-            head_first: theirs: whether the projection's channels go by head first, then by q, k and v.
+            head_first: theirs: whether the projection's channels go by head first, then by q, k and v. None: as timm's
+                own models with such a table have it; those with weights of the paper (`maxvit_*_tf_*`) have the first
+                table, and channels by q, k and v first.
         """
         ours = renamed(state, _NAMES)
+        head_first = ours["bias_table"].dim() == 2 if head_first is None else head_first
         ours["bias_table"] = by_head(ours["bias_table"], grid_size)
         if head_first:
             heads = len(ours["bias_table"])

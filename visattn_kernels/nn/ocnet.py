@@ -80,12 +80,18 @@ class OCNetBlock(nn.Module):
         """The context."""
         seen = pooled(image(x, self.channels), self.pool)
         k, v = heads_last(self.key(seen)), heads_last(self.value(seen))
+        if self.regions == 1:
+            return self._enlarged(attention(k, k, v, backend=self.backend), x)
         rows, columns = (_strips(size, self.regions) for size in k.shape[1:3])
         strips = [
             _joined([self._attend(k[:, ys, xs], v[:, ys, xs], (height, width)) for xs, width in columns], 2)
             for ys, height in rows
         ]
-        out: torch.Tensor = self.project(channels_first(_joined(strips, 1)))
+        return self._enlarged(_joined(strips, 1), x)
+
+    def _enlarged(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The result, of the size of x."""
+        out: torch.Tensor = self.project(channels_first(y))
         if self.pool == 1:
             return out
         return nn.functional.interpolate(out, x.shape[2:], mode="bilinear", align_corners=True)

@@ -107,12 +107,17 @@ class SAGANAttention(nn.Module):
 
         Understood are, by the names of their entries: BigGAN-PyTorch's `Attention` (theta, phi, g, o, gamma), the
         re-implementations with `snconv1x1_*` and sigma, and the tutorials' `query_conv`, `key_conv`, `value_conv` and
-        gamma (for which `pool=1, bias=True, project=False`). Spectral norms of `torch.nn.utils.spectral_norm` become
-        those of `torch.nn.utils.parametrizations`.
+        gamma (for which `pool=1, bias=True, project=False`). Spectral norms, BigGAN-PyTorch's and those of
+        `torch.nn.utils.spectral_norm`, become those of `torch.nn.utils.parametrizations`: `spectral_norm=True`.
         """
         ours = renamed(state, _NAMES)
         for suffix, place in _SPECTRAL.items():
             ours = {name.removesuffix(suffix) + place if name.endswith(suffix) else name: x for name, x in ours.items()}
+        for layer in [name.removesuffix(".u0") for name in ours if name.endswith(".u0")]:  # BigGAN-PyTorch's own norm
+            weight, u = ours.pop(f"{layer}.weight"), nn.functional.normalize(ours.pop(f"{layer}.u0").flatten(), dim=0)
+            v = nn.functional.normalize(weight.flatten(1).T @ u, dim=0)
+            del ours[f"{layer}.sv0"]
+            ours |= {f"{layer}{place}": x for place, x in zip(_SPECTRAL.values(), (weight, u, v), strict=True)}
         return {**ours, "sigma": ours["sigma"].reshape(())}
 
     def extra_repr(self) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 
 from visattn_kernels.attention import attention, attention_map, channels_first, heads_last
 from visattn_kernels.errors import expected
-from visattn_kernels.nn.common import by_reach, choice, count, image, renamed, share
+from visattn_kernels.nn.common import averaged, by_reach, choice, count, image, renamed, share
 from visattn_kernels.patterns import Neighborhood
 from visattn_kernels.terms import RelativeQuery
 
@@ -87,9 +87,8 @@ class StandAloneSelfAttention(nn.Module):
         q, k = self._query_and_key(x)
         v = heads_last(self.value(x), self.heads)
         terms = (self._term(),)
-        y = attention(q, k, v, self.pattern, scale=self.scale, terms=terms, backend=self.backend)
-        y = channels_first(y)
-        return y if self.stride == 1 else nn.functional.avg_pool2d(y, self.stride)
+        y = channels_first(attention(q, k, v, self.pattern, scale=self.scale, terms=terms, backend=self.backend))
+        return averaged(y, self.stride)
 
     def attention_map(self, x: torch.Tensor, at: Sequence[tuple[int, int]] | torch.Tensor) -> torch.Tensor:
         """The map's rows of the positions `at`, points (y, x): `[B, len(at), heads, H, W]`, float32."""

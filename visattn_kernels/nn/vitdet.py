@@ -63,7 +63,7 @@ class ViTDetAttention(PackedAttention):
         self.window_size = window_size
         if relative and not window_size and size is None:
             raise expected("size, without a window_size", "size", size, ValueError)
-        height, width = (count(side, "size") for side in pair(window_size or size or 1))
+        height, width = (count(side, "size") for side in pair(window_size or (1 if size is None else size)))
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * height - 1, self.head_dim)) if relative else None
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * width - 1, self.head_dim)) if relative else None
 
