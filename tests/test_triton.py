@@ -51,9 +51,7 @@ def test_forward_and_backward(case: Case) -> None:
 READ = [
     case
     for case in INTERPRETED
-    if case.needs == "qkv"
-    and case.dtype == torch.float32
-    and (len(case.terms) in (0, len(TERM_CASES)) or case.pattern == va.CrissCross())
+    if case.needs == "qkv" and case.dtype == torch.float32 and len(case.terms) in (0, len(TERM_CASES))
 ]
 
 
@@ -85,7 +83,9 @@ def test_other_tiles(pattern, tile: tuple[int, int], monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("pattern", [va.Global(), va.Window(5, 2), va.Neighborhood(5, border="zero"), va.CrissCross()])
 def test_same_bits_for_any_batch_and_any_run(pattern) -> None:
-    case = Case(batch=3, queries=(7, 9), keys=(7, 9), kv_heads=1, head_dim=5, pattern=pattern, terms=EVERYTHING)
+    case = Case(
+        batch=3, queries=(5, 7), keys=(5, 7), heads=2, kv_heads=1, head_dim=5, pattern=pattern, terms=EVERYTHING
+    )
     tensors = inputs(case)
     first = differentiate(attend(case), tensors, case.wanted)
     again = differentiate(attend(case), tensors, case.wanted)
