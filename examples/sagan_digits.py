@@ -185,8 +185,8 @@ def one_step(width: int, batch: int, naive: bool) -> runs.Step:
 def main(
     model: Annotated[str, typer.Option(help=f"One of {', '.join(WRAPS)}.")] = "sagan",
     steps: Annotated[int, typer.Option(min=1, help="Updates of each network.")] = 1500,
-    width: Annotated[int, typer.Option(min=8, help="Channels of the largest map; the tutorial has 64.")] = 32,
-    batch: Annotated[int, typer.Option(min=2, max=353, help="Images of a step.")] = 64,
+    width: Annotated[int, typer.Option(min=8, help="Channels of the largest map; the tutorial has 64.")] = 24,
+    batch: Annotated[int, typer.Option(min=2, max=353, help="Images of a step.")] = 32,
     every: Annotated[int, typer.Option(min=1, help="Steps between pictures, and checkpoints.")] = 100,
     seed: Annotated[int, typer.Option(min=0, max=runs.SEEDS, help="Of weights, noise and order.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("out/sagan_digits"),
