@@ -147,8 +147,9 @@ class Truth:
         sampled = f.sampled(self.queries)
         positive = sampled.positive()
         p = sampled.weights()
+        largest = sampled.visible(positive.scores()).amax(-1, keepdim=True)
         unit = _policy().UNIT
-        bound = (8 * unit.get(self.case.dtype, 0.0) + 2 * unit[torch.float32] * positive.largest()) * positive.values(p)
+        bound = (8 * unit.get(self.case.dtype, 0.0) + 2 * unit[torch.float32] * largest) * positive.values(p)
         exact = {"out": sampled.values(p)[0]}
         if not gradients:
             return exact, {}, bound[0]
@@ -208,9 +209,7 @@ def _gradients(rows: _Rows, p: torch.Tensor, positive: bool, index: torch.Tensor
         positive: with nothing cancelled: every factor but p by its magnitude, the softmax's difference a sum.
         index: of keys.
     """
-    if positive:
-        rows = rows.positive()
-        rows = replace(rows, grad=rows.grad * (1 + rows.largest() / 2))  # the rounding of scores, by the policy
+    rows = rows.positive() if positive else rows
     with torch.enable_grad():
         weights = p.detach().requires_grad_()
         (dp,) = torch.autograd.grad(rows.values(weights), weights, rows.grad)
@@ -262,10 +261,6 @@ class _Rows:
     def positive(self) -> _Rows:
         """Every factor by its magnitude."""
         return self._changed(torch.abs, grad=self.grad.abs(), factor=abs(self.factor))
-
-    def largest(self) -> torch.Tensor:
-        """The largest score of each query, Tensor[maps, heads, n, 1]; of `positive` rows."""
-        return self.visible(self.scores()).amax(-1, keepdim=True)
 
     def leaves(self) -> _Rows:
         """The same tensors, for new gradients."""

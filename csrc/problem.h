@@ -54,7 +54,7 @@ struct Call {
   int64_t partial_size = 0;
   int64_t partial_offset[kTables] = {-1, -1, -1, -1, -1, -1, -1};  // of each table in a share; -1: not wanted
 
-  Map maximum, inverse;             // of each query's softmax: weights are 2^(score - maximum) * inverse
+  Map maximum, inverse;             // of each query's softmax: weights are e^(score - maximum) * inverse
   const int64_t* points = nullptr;  // [n_points, 2], (y, x): the queries of `weights`
   int64_t n_points = 0;
   Map weights;   // [B, points, heads, Hk, Wk]: batch, point (y), head strides; keys are contiguous

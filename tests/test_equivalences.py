@@ -125,10 +125,15 @@ def test_transpose_to_rounding(grid: tuple[int, int]) -> None:
 @on_dtypes
 @on_grids
 def test_window_of_one_returns_the_value(grid: tuple[int, int], dtype: torch.dtype) -> None:
+    """And its gradient: the backward has the very scores of the forward, so that a weight of 1 is 1, however large."""
     tensors = tensors_of(grid, dtype, kv_heads=2)
+    tensors["q"] *= 16
     results = run(va.Window(1), tensors)
     k, v = (tensors[name].repeat_interleave(2, 3) for name in "kv")
     assert torch.equal(results["out"], v)
+    wide = torch.promote_types(dtype, torch.float32)
+    grad_v = tensors["grad_out"].to(wide).unflatten(3, (2, 2)).sum(4)
+    assert torch.equal(results["grad_v"], grad_v.to(dtype))
     if dtype == torch.float64:
         lse = (tensors["q"] * k).sum(-1) * k.shape[-1] ** -0.5
         same_numbers(results, {"lse": lse}, ("lse",))

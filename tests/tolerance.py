@@ -7,9 +7,7 @@ roundoff. A result x must satisfy:
 2. mean |x - R| <= 1.25 * mean |L - R| + u * mean |R| (float32: 10 instead of 1.25);
    for gradients both also allow 4 * 2^-24 * G (its maximum, its mean), where G is the gradient with nothing cancelled:
    every factor replaced by its magnitude and every difference by a sum. A gradient is a sum of P * (dP - delta), whose
-   two terms cancel, altogether for a query with one key; what float32 then leaves is noise of the size of the terms.
-   P is off by what the rounding of scores moves it, as out is in rule 3: the summands of a query whose scores add up
-   to s at most (in magnitudes, as there) count 1 + s / 2 times in G;
+   two terms cancel, altogether for a query with one key; what float32 then leaves is noise of the size of the terms;
 3. |x - R| <= bound for each element of out, where
 
        bound_i = (8u + 2 * 2^-24 * max_j sum_d |scale * q_id * k_jd|) * sum_j p_j |v_j|
@@ -120,12 +118,8 @@ def element_bound(
     mass_terms = [term for term in terms if not isinstance(term, RelativeValue)] + values
     mass = reference.formula(q, k, v.abs(), pattern, scale=scale, terms=mass_terms)[0]
     scores = reference.logits(q.abs(), k.abs(), pattern, scale=abs(scale), terms=absolute)
-    return (8 * UNIT.get(dtype, 0.0) + 2 * product_unit(dtype) * _largest(scores)) * mass
-
-
-def _largest(scores: torch.Tensor) -> torch.Tensor:
-    """The largest score of each query, 0 where it has no key: [B, H, W, heads, 1]."""
-    return scores.flatten(-2).amax(-1).clamp_min(0).permute(0, 2, 3, 1)[..., None]
+    size = scores.flatten(-2).amax(-1).clamp_min(0).permute(0, 2, 3, 1)[..., None]  # [B, H, W, heads, 1]
+    return (8 * UNIT.get(dtype, 0.0) + 2 * product_unit(dtype) * size) * mass
 
 
 def magnitudes(terms: Sequence[Term]) -> list[Term]:
@@ -154,9 +148,7 @@ def gradient_sizes(
         scores = reference.logits(tensors["q"], tensors["k"], pattern, scale=scale, terms=terms)
         weights = reference.weights(scores)[0]
     weights.requires_grad_()
-    scores = reference.logits(q, k, pattern, scale=abs(scale), terms=absolute)
-    rounded = 1 + _largest(scores.detach()) / 2  # [B, H, W, heads, 1]
-    grad_out, grad_lse = tensors["grad_out"].abs() * rounded, tensors["grad_lse"].abs() * rounded[..., 0]
+    grad_out = tensors["grad_out"].abs()
     sizes = {}
 
     def differentiate(y: torch.Tensor, grad: torch.Tensor, **wanted: torch.Tensor | None) -> None:
@@ -169,8 +161,9 @@ def gradient_sizes(
     out = reference.combine(weights, q, k, v, pattern, terms=absolute)
     values = {name: x for name, x in extra.items() if name.startswith("relative_value")}
     differentiate(out, grad_out, v=v, weights=weights, **values)
-    delta = (grad_out * out.detach()).sum(-1) + grad_lse  # [B, H, W, heads]
+    delta = (grad_out * out.detach()).sum(-1) + tensors["grad_lse"].abs()  # [B, H, W, heads]
     grad_scores = weights * (sizes.pop("grad_weights") + delta.permute(0, 3, 1, 2)[..., None, None])
+    scores = reference.logits(q, k, pattern, scale=abs(scale), terms=absolute)
     added = {name: x for name, x in extra.items() if name not in values}
     differentiate(scores, grad_scores.detach(), q=q, k=k, **added)
     return sizes

@@ -1,6 +1,6 @@
 // Backward: weights are computed again from lse.
 //
-//     P = 2^(S - lse)      dP = dO V^T      dS = P * (dP - delta)      delta_i = out_i · dO_i - dlse_i
+//     P = e^(S - lse)      dP = dO V^T      dS = P * (dP - delta)      delta_i = out_i · dO_i - dlse_i
 //
 //     dV[j] = sum_i P dO_i      dK[j] = scale * sum_i dS q_i      dQ[i] = scale * sum_j dS k_j       5 products
 //
@@ -52,10 +52,10 @@ void run_delta(const Call& call, int64_t item) {
     }
 }
 
-// A query's lse in base 2; infinity for a query with no key, so that its weights are 0.
+// A query's lse; infinity for a query with no key, so that its weights are 0.
 template <class Acc>
-VISATTN_INLINE Acc lse2(Acc lse) {
-  return lse == -Acc(__builtin_inf()) ? Acc(__builtin_inf()) : lse * Acc(kLog2E);
+VISATTN_INLINE Acc weighting_lse(Acc lse) {
+  return lse == -Acc(__builtin_inf()) ? Acc(__builtin_inf()) : lse;
 }
 
 // A score to its weight P, and dP to dS, in place. What is masked counts for nothing, whatever it holds.
@@ -63,7 +63,7 @@ template <class Acc>
 VISATTN_INLINE void differentiate(Acc* score, Acc* grad, Vec<Acc> lse, Vec<Acc> delta, bool want_scores, bool guarded) {
   const Vec<Acc> s = load(score);
   const auto masked = s == -Acc(__builtin_inf());
-  Vec<Acc> weight = exp2(s - lse);
+  Vec<Acc> weight = exp(s - lse);
   if (guarded) weight = masked ? Vec<Acc>{} : weight;
   store(score, weight);
   if (!want_scores) return;
@@ -155,7 +155,7 @@ struct GradQueries {
     walk.load_lanes(call.lse, s.lse);
     walk.load_lanes(call.delta, s.delta);
     for (int v = 0; v < tile.vectors; ++v)
-      for (int l = tile.lane_of(v), end = l + W; l < end; ++l) s.lse[l] = lse2(s.lse[l]);
+      for (int l = tile.lane_of(v), end = l + W; l < end; ++l) s.lse[l] = weighting_lse(s.lse[l]);
     if (s.value[0].on || s.value[1].on) walk.load_lane_rows(call.grad_out, walk.head, p.value_dim, s.grad_rows);
     for (int axis = 0; axis < 2; ++axis) {
       if (s.value[axis].on) s.value[axis].read(tile, s.grad_rows), s.value[axis].start_sums(tile);

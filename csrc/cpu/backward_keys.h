@@ -153,7 +153,7 @@ struct GradKeys {
           if (wants(call, s.value[axis])) s.value[axis].start_sums(walk.block);
         }
         load_block(walk, call.lse, s.walked, s.lse);
-        for (int64_t r = 0; r < walk.block.n; ++r) s.lse[r] = lse2(s.lse[r]);
+        for (int64_t r = 0; r < walk.block.n; ++r) s.lse[r] = weighting_lse(s.lse[r]);
         if (want_scores) load_block(walk, call.delta, s.walked, s.delta);
 
         for (int t = 0; t < tile.panels; ++t) {

@@ -1,8 +1,8 @@
 // Forward: out and lse of a tile of queries (or, for the passes of weights.h, the softmax's two numbers alone), by an
-// online softmax in base 2 over blocks of keys.
+// online softmax over blocks of keys.
 //
-//     S = scale * log2(e) * K Q^T + terms     one product per block and panel     [keys, lanes]
-//     m, l, O rescaled where the maximum grew; P = 2^(S - m)
+//     S = scale * K Q^T + terms     one product per block and panel     [keys, lanes]
+//     m, l, O rescaled where the maximum grew; P = e^(S - m)
 //     l += sum P;  O += V^T P                 the other product                   [channels, lanes]
 //
 // RelativeValue: P is summed by offset too, U, rescaled like O; out += U rel at the end. The second part of a pattern
@@ -47,22 +47,22 @@ struct OnlineSoftmax {
     const V finite = zero_if_infinite(top);  // -inf - -inf would be NaN
     V l = load(sum + lane), e = load(lost + lane);
     if (any_differs(top, old) && any_differs(old, broadcast(kMinusInf))) {
-      const V factor = old == top ? broadcast(Acc(1)) : exp2(old - finite);  // an infinite maximum stays what it is
+      const V factor = old == top ? broadcast(Acc(1)) : exp(old - finite);  // an infinite maximum stays what it is
       l *= factor;
       e *= factor;
       rescale(factor);
     }
     V block0{}, block1{};
     for (r = 0; r + 1 < n; r += 2) {
-      const V p0 = exp2(load(scores + r * L) - finite);
-      const V p1 = exp2(load(scores + (r + 1) * L) - finite);
+      const V p0 = exp(load(scores + r * L) - finite);
+      const V p1 = exp(load(scores + (r + 1) * L) - finite);
       block0 += p0;
       block1 += p1;
       store(scores + r * L, p0);
       store(scores + (r + 1) * L, p1);
     }
     if (r < n) {
-      const V p = exp2(load(scores + r * L) - finite);
+      const V p = exp(load(scores + r * L) - finite);
       block0 += p;
       store(scores + r * L, p);
     }
@@ -198,7 +198,7 @@ struct Forward {
       tile.offsets(call.lse, walk.offset);
       each_active(tile, [&](int l) {
         const Acc lse = at<Acc>(call.lse, walk.b, walk.head)[walk.offset[l]];
-        s.softmax.maximum[l] = lse * Acc(kLog2E);
+        s.softmax.maximum[l] = lse;
         s.softmax.sum[l] = lse == kMinusInf ? 0 : 1;
       });
     } else {
@@ -259,7 +259,7 @@ struct Forward {
     Acc* lse = at_mutable<Acc>(call.lse, walk.b, walk.head);
     each_active(tile, [&](int l) {
       const Acc m = s.softmax.maximum[l], sum = s.softmax.sum[l];
-      lse[walk.offset[l]] = sum == 0 ? kMinusInf : m * Acc(kLn2) + natural_log(sum);
+      lse[walk.offset[l]] = sum == 0 ? kMinusInf : m + natural_log(sum);
     });
   }
 

@@ -134,7 +134,7 @@ struct LaneTerm {
   bool on;
   int axis;
   int slot;  // where its table's gradient goes
-  Acc factor, grad_factor;
+  Acc factor;
   Vectors<Acc> table;
   Acc *values, *sums;  // [walked index][kPanels * L]
   int64_t ld_skewed;
@@ -147,7 +147,6 @@ struct LaneTerm {
         axis(axis),
         slot(slot),
         factor(1),
-        grad_factor(1),
         table(arena, on, sums, reach, channels),
         values(arena.take<Acc>(on && reads ? walked * kPanels * L : 0)),
         sums(arena.take<Acc>(on && sums ? walked * kPanels * L : 0)),
@@ -185,8 +184,8 @@ struct LaneTerm {
       for (int64_t l = 0; l < t.panels * L; l += W) store(sums + w * kPanels * L + l, Vec<Acc>{});
   }
 
-  // From the sums by walked index: each lane's out += grad_factor * sum by offset of rel[offset], and the table's
-  // gradient += grad_factor * sum by offset of x_lane. Either may be left out.
+  // From the sums by walked index: each lane's out += factor * sum by offset of rel[offset], and the table's
+  // gradient += factor * sum by offset of x_lane. Either may be left out.
   void spread(const Tile<M>& t, const Acc* rows, Acc* out, bool with_grad) {
     const int64_t n = extent(t), ld = table.ld_rows;
     for (int v = 0; v < t.vectors; ++v) {
@@ -199,7 +198,7 @@ struct LaneTerm {
       for (int64_t w = 0; w < n; w += W) {
         Vec<Acc> square[W];
         for (int64_t i = 0; i < W; ++i)
-          square[i] = w + i < n ? load(sums + (w + i) * kPanels * L + lane) * grad_factor : Vec<Acc>{};
+          square[i] = w + i < n ? load(sums + (w + i) * kPanels * L + lane) * factor : Vec<Acc>{};
         transpose(square);
         for (int l = 0; l < W; ++l)
           if (t.active[lane + l]) store(skewed + l * ld_skewed + w + most - index(t)[lane + l], square[l]);
@@ -221,7 +220,7 @@ struct WalkTerm {
   bool on;
   int axis;
   int slot;  // where its table's gradient goes
-  Acc factor, grad_factor;
+  Acc factor;
   Vectors<Acc> table;
   Acc *values, *sums;      // [walked position][offset - first]
   int64_t ld, first;       // of the block in hand
@@ -233,7 +232,6 @@ struct WalkTerm {
         axis(axis),
         slot(slot),
         factor(1),
-        grad_factor(1),
         table(arena, on, sums, reach, channels),
         values(arena.take<Acc>(on ? kBlock * row_length(walked, resident) : 0)),
         sums(arena.take<Acc>(on && sums ? kBlock * row_length(walked, resident) : 0)),
@@ -299,15 +297,14 @@ struct WalkTerm {
     }
   }
 
-  // From the sums: each walked position's out += grad_factor * sum by offset of rel[offset], and the table's gradient
-  // += grad_factor * sum by offset of x_r, from the block's rows. Either may be left out; out is
+  // From the sums: each walked position's out += factor * sum by offset of rel[offset], and the table's gradient
+  // += factor * sum by offset of x_r, from the block's rows. Either may be left out; out is
   // [channel / L][kBlock][channel % L].
   void spread(const Block<Acc>& block, const Acc* rows, Acc* out, bool with_grad) {
     groups(block, [&](int64_t r, int64_t n, int64_t start, int64_t columns) {
       Acc* by_offset = sums + r * ld + start - first;
       for (int64_t i = 0; i < n; ++i)
-        for (int64_t c = 0; c < columns; c += W)
-          store(by_offset + i * ld + c, load(by_offset + i * ld + c) * grad_factor);
+        for (int64_t c = 0; c < columns; c += W) store(by_offset + i * ld + c, load(by_offset + i * ld + c) * factor);
       const int64_t low = max(0, 1 - table.reach - start), high = min(columns, table.reach - start);
       if (high <= low) return;
       by_offset += low, start += low;
@@ -375,11 +372,10 @@ struct BiasTerm {
   }
 
   template <class T>
-  void load_table(const Table& from, int64_t head, Acc factor) {
+  void load_table(const Table& from, int64_t head) {
     for (int64_t y = 0; y < table_entries(reach_h); ++y)
       for (int64_t x = 0; x < columns; ++x)
-        table[y * columns + x] =
-            factor * widen(((const T*)from.data)[head * from.head + y * from.entry + x * from.column]);
+        table[y * columns + x] = widen(((const T*)from.data)[head * from.head + y * from.entry + x * from.column]);
     filled = false;
   }
 

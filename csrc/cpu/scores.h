@@ -1,4 +1,4 @@
-// Scores of a tile with a block of what it walks, in base 2: products, terms and mask, for every pass.
+// Scores of a tile with a block of what it walks, natural: products, terms and mask, for every pass.
 #pragma once
 
 #include "relative.h"
@@ -58,10 +58,8 @@ struct Walk {
         walk{walk_term(arena, walk_side(), 0, walk_sums), walk_term(arena, walk_side(), 1, walk_sums)},
         bias(arena, call.bias.data, sums && call.wants_table(0), queries, p.reach(0), p.reach(1), bias_rows()) {
     for (int axis = 0; axis < 2; ++axis) {
-      lane[axis].factor = Acc(call.vector_scale[lane_side()] * kLog2E);
-      lane[axis].grad_factor = Acc(call.vector_scale[lane_side()]);
-      walk[axis].factor = Acc(call.vector_scale[walk_side()] * kLog2E);
-      walk[axis].grad_factor = Acc(call.vector_scale[walk_side()]);
+      lane[axis].factor = Acc(call.vector_scale[lane_side()]);
+      walk[axis].factor = Acc(call.vector_scale[walk_side()]);
     }
   }
 
@@ -124,7 +122,7 @@ struct Walk {
       if (lane[axis].on) lane[axis].table.template load<T>(call.vector[lane_side()][axis], h, !queries);
       if (walk[axis].on) walk[axis].table.template load<T>(call.vector[walk_side()][axis], h, queries);
     }
-    if (bias.on) bias.template load_table<T>(call.bias, h, Acc(kLog2E));
+    if (bias.on) bias.template load_table<T>(call.bias, h);
   }
 
   // Pack a panel of the resident side for every panel of the tile.
@@ -170,7 +168,7 @@ struct Walk {
     }
   }
 
-  Acc bias_at(int64_t at_offset) const { return Acc(widen(at<T>(call.key_bias, b, head)[at_offset])) * Acc(kLog2E); }
+  Acc bias_at(int64_t at_offset) const { return Acc(widen(at<T>(call.key_bias, b, head)[at_offset])); }
 
   Rows<T> walked_rows(const Map& map, int64_t h, int64_t channels) {
     block.offsets(tile.walked_y, tile.walked_x, map, walked);
@@ -354,9 +352,9 @@ struct Walk {
         });
   }
 
-  // scores = the logits of panel t in base 2, -inf for pairs that are not.
+  // scores = the logits of panel t, -inf for pairs that are not.
   void score(int t) {
-    dot(t, rows, panel + t * panel_elements<M>(p.head_dim), scores, Acc(p.scale * kLog2E));
+    dot(t, rows, panel + t * panel_elements<M>(p.head_dim), scores, Acc(p.scale));
     // The queries' terms before the keys', so that a score has the same bits whichever side is resident.
     if (queries) add_lanes(t);
     add_walks(t);

@@ -235,25 +235,29 @@ VISATTN_INLINE void transpose(VecD* rows) {
     }
 }
 
-// 2^x by a polynomial of degree 6 on [-1/2, 1/2], the minimax of the relative error (2e-9, so that float32's own
-// rounding is what remains) among those with 2^0 = 1 exactly. 0 for -inf, inf for inf, NaN for NaN.
-VISATTN_INLINE VecF exp2(VecF x) {
+constexpr double kLog2E = 1.44269504088896340735992468100;
+constexpr double kLn2 = 0.693147180559945309417232121458;
+
+// e^x: 2^t, t = x log2(e), by a polynomial of degree 6 on [-1/2, 1/2], the minimax of the relative error (2e-9, so that
+// float32's own rounding is what remains) among those with 2^0 = 1 exactly. 0 for -inf, inf for inf, NaN for NaN.
+VISATTN_INLINE VecF exp(VecF x) {
   constexpr float c[] = {6.931472027e-01f, 2.402264783e-01f, 5.550332550e-02f,
                          9.618444332e-03f, 1.339886607e-03f, 1.535184789e-04f};
+  VecF t = x * float(kLog2E);
 #if defined(__AVX512F__)
-  // The reduction gives x - n, and 0 for an infinity, which scalef then handles.
-  const VecF n = (VecF)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const VecF f = (VecF)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  // The reduction gives t - n, and 0 for an infinity, which scalef then handles.
+  const VecF n = (VecF)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const VecF f = (VecF)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  x = max(broadcast(-127.f), x);
-  x = x > 128.f ? broadcast(128.f) : x;
+  t = max(broadcast(-127.f), t);
+  t = t > 128.f ? broadcast(128.f) : t;
 #if defined(__AVX2__)
-  const VecF n = (VecF)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const VecF n = (VecF)_mm256_round_ps((__m256)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
   const VecF magic = broadcast(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
-  const VecF n = (x + magic) - magic;
+  const VecF n = (t + magic) - magic;
 #endif
-  const VecF f = x - n;
+  const VecF f = t - n;
 #endif
   VecF p = broadcast(c[5]);
 #pragma GCC unroll 8
@@ -268,14 +272,14 @@ VISATTN_INLINE VecF exp2(VecF x) {
 }
 
 // The same to double precision: 13 terms of the series, 4e-18 on [-1/2, 1/2].
-VISATTN_INLINE VecD exp2(VecD x) {
-  constexpr double ln2 = 0.693147180559945309417232121458;
-  x = max(broadcast(-1023.), x);
-  x = x > 1024. ? broadcast(1024.) : x;
+VISATTN_INLINE VecD exp(VecD x) {
+  VecD t = x * kLog2E;
+  t = max(broadcast(-1023.), t);
+  t = t > 1024. ? broadcast(1024.) : t;
   const VecD magic = broadcast(6755399441055744.);  // 1.5 * 2^52
-  const VecD shifted = x + magic;
+  const VecD shifted = t + magic;
   const VecD n = shifted - magic;
-  const VecD f = (x - n) * ln2;
+  const VecD f = (t - n) * kLn2;
   VecD p = broadcast(1. / 6227020800.);
   constexpr double inverse_factorial[] = {
       1.,        1.,         1. / 2,      1. / 6,       1. / 24,       1. / 120,      1. / 720,

@@ -35,8 +35,6 @@ struct Arithmetic<bf16> {
 };
 #endif
 
-constexpr double kLog2E = 1.44269504088896340735992468100;
-constexpr double kLn2 = 0.693147180559945309417232121458;
 constexpr int64_t kMaxLaneTable = 4 << 20;  // bytes that one term's table of the resident lanes should take at most
 
 template <class T>

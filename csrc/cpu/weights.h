@@ -1,6 +1,6 @@
 // The attention map, read without storing it: its rows at some queries, and its column sums.
 //
-// Weights are P = 2^(S - maximum) * inverse, from the statistics computed before. (From lse they would inherit the
+// Weights are P = e^(S - maximum) * inverse, from the statistics computed before. (From lse they would inherit the
 // rounding of a logarithm.) Rows hold their queries in the lanes and walk keys; sums hold keys and walk queries.
 #pragma once
 
@@ -10,7 +10,7 @@ namespace visattn::cpu::VISATTN_ISA {
 
 template <class Acc>
 VISATTN_INLINE Vec<Acc> weight(Vec<Acc> score, Vec<Acc> maximum, Vec<Acc> inverse, bool guarded) {
-  const Vec<Acc> w = exp2(score - maximum) * inverse;
+  const Vec<Acc> w = exp(score - maximum) * inverse;
   return guarded ? (score == -Acc(__builtin_inf()) ? Vec<Acc>{} : w) : w;
 }
 
