@@ -178,9 +178,9 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
         for source, flags in sources(ISA_FLAGS | (EMULATED_FLAGS if emulate else {})).items():
             if emulate and source == "csrc/cpu/dispatch.cpp":
                 flags = f"{EMULATE} {flags}"
-            # What this CPU cannot run, the sanitizers cannot watch; it takes them minutes to compile.
-            if sanitize and (emulate or runs_here(source)):
-                flags = f"{SANITIZED} {flags}"
+            # What this CPU cannot run, the sanitizers cannot watch: it is only linked, and compiled in seconds.
+            if sanitize:
+                flags = f"{SANITIZED if emulate or runs_here(source) else '-O0'} {flags}"
             obj = str(temporary / ("release" if flags == release[source] else kind) / f"{source.replace('/', '_')}.o")
             objects.append(obj)
             lines += [f"build {obj}: compile {source}", f"  flags = {flags}"]

@@ -190,3 +190,34 @@ def test_bad_maps(row: Row) -> None:
         module([1, 2])
     with pytest.raises(RuntimeError, match=r"expected x of shape \[B, .*C?.*H, W\], but got x\.shape=\[3, 4\]"):
         module(normal(3, 4))
+
+
+TRANSLATES = [name for name in vn.__all__ if hasattr(getattr(vn, name), "translate")]
+NEEDS = {
+    "AxialBlock": "relative",
+    "GridAttention": "rel_pos.relative_position_bias_table",
+    "SwinBlock": "relative_position_bias_table",
+    "AxialAttention": "relative",
+    "CrissCrossAttention": "gamma or gamma.scale",
+    "DANetChannelAttention": "gamma",
+    "DANetPositionAttention": "gamma",
+    "SAGANAttention": "gamma or sigma",
+    "WindowAttention": "relative_position_bias_table",
+}
+"""What the translations of state dicts change, so that it must be there."""
+
+
+@pytest.mark.parametrize("name", TRANSLATES)
+def test_translate_refuses_the_state_of_something_else(name: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"^visattn: expected a state dict with the entries .*, but got an entry=other"
+    ):
+        getattr(vn, name).translate({"other": torch.ones(1)})
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_translate_names_what_is_not_there(name: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"^visattn: expected a state dict with an entry {NEEDS[name]}, but got entries="
+    ):
+        getattr(vn, name).translate({})

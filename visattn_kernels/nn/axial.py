@@ -218,7 +218,7 @@ class AxialAttention(nn.Module):
         Their one table `relative` holds those of q, k and v in turn, which for q and v go by query minus key. The
         shifts of `bn_similarity` are left out: the softmax cancels them.
         """
-        ours = renamed(state, _NAMES)
+        ours = renamed(state, _NAMES, ("relative", "qkv.weight"))
         relative = ours.pop("relative").T  # [2K-1, 2 * Dv]
         width = relative.shape[1] // 4
         q, k, v = torch.split(relative, [width, width, 2 * width], 1)
@@ -278,29 +278,31 @@ def _of_products(q: torch.Tensor, k: torch.Tensor, reach: int) -> tuple[torch.Te
     if reach == q.shape[2] - 1:  # sum_ij (q_i·k_j)² = <sum_i q_i q_iᵀ, sum_j k_j k_jᵀ>
         squares = (torch.einsum("brlhd,brlhe->brhde", x, x) for x in (q, k))
         return (q.sum(2) * k.sum(2)).sum((0, 1, 3)), torch.mul(*squares).sum((0, 1, 3, 4))
-    here = torch.arange(q.shape[2], device=q.device)
-    first, last = (here - reach).clamp(min=0), (here + reach + 1).clamp(max=q.shape[2])
-    products = k[..., None] * k[..., None, :]
-    seen = torch.einsum("brlhd,brlhde->brlhe", q, _between(products, 2, first, last))
-    return (q * _between(k, 2, first, last)).sum((0, 1, 2, 4)), (q * seen).sum((0, 1, 2, 4))
+    width = 2 * reach + 1
+    products = (k[..., None] * k[..., None, :]).flatten(-2)
+    beside = nn.functional.pad(torch.cat((k, products), -1), (0, 0, 0, 0, reach, reach))
+    one, two = torch.split(_sliding(beside, 2, width), [k.shape[-1], products.shape[-1]], -1)
+    seen = torch.einsum("brlhd,brlhde->brlhe", q, two.reshape(*two.shape[:-1], k.shape[-1], -1))
+    return (q * one).sum((0, 1, 2, 4)), (q * seen).sum((0, 1, 2, 4))
 
 
 def _of_table(x: torch.Tensor, table: torch.Tensor, reach: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The sums over pairs of x_i·r[j - i] and of its square, `[heads]`; x is [B, lines, length, heads, D]."""
-    length, centre = x.shape[2], table.shape[0] // 2
-    here = torch.arange(length, device=x.device)
-    first, last = (-here).clamp(min=-reach) + centre, (length - 1 - here).clamp(max=reach) + centre + 1
+    length, out = x.shape[2], table.shape[0] // 2 - reach
+    seen = nn.functional.pad(table[out : table.shape[0] - out], (0, 0, length - 1 - reach, length - 1 - reach))
+    products = (seen[:, :, None] * seen[:, None]).flatten(1)
+    sums = _sliding(torch.cat((seen, products), 1), 0, length).flip(0)  # the first position's offsets are the last
+    one, two = torch.split(sums, [table.shape[1], products.shape[1]], 1)
     squares = torch.einsum("brlhd,brlhe->lhde", x, x)
-    seen = _between(table[:, :, None] * table[:, None], 0, first, last)  # [length, D, D]
-    return (x.sum((0, 1)) * _between(table, 0, first, last)[:, None]).sum((0, 2)), (squares * seen[:, None]).sum(
-        (0, 2, 3)
-    )
+    first = (x.sum((0, 1)) * one[:, None]).sum((0, 2))
+    return first, (squares.flatten(2) * two[:, None]).sum((0, 2))
 
 
-def _between(x: torch.Tensor, dim: int, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """The sums of `x[first:last]` along `dim`, for each pair of these, from prefix sums."""
+def _sliding(x: torch.Tensor, dim: int, width: int) -> torch.Tensor:
+    """The sums of every `width` neighbors along `dim`, from prefix sums."""
     prefix = torch.cat((torch.zeros_like(x.narrow(dim, 0, 1)), x.cumsum(dim)), dim)
-    return prefix.index_select(dim, last) - prefix.index_select(dim, first)
+    count = x.shape[dim] - width + 1
+    return prefix.narrow(dim, width, count) - prefix.narrow(dim, 0, count)
 
 
 class AxialBlock(nn.Module):

@@ -89,7 +89,7 @@ class CrissCrossAttention(nn.Module):
         Understood are the authors' `CrissCrossAttention` (query_conv, key_conv, value_conv, gamma; called
         `PixelwiseAttention` at first) and mmcv's, whose gamma is a layer with a scale.
         """
-        ours = renamed(state, _NAMES)
+        ours = renamed(state, _NAMES, ("gamma",))
         return {**ours, "gamma": ours["gamma"].reshape(())}
 
     def extra_repr(self) -> str:

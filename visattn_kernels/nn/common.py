@@ -65,15 +65,18 @@ def _at_least(x: torch.Tensor, side: int) -> torch.Tensor:
     return x
 
 
-def renamed(state: Mapping[str, torch.Tensor], names: Mapping[str, str | None]) -> dict[str, torch.Tensor]:
+def renamed(
+    state: Mapping[str, torch.Tensor], names: Mapping[str, str | None], needed: Sequence[str] = ()
+) -> dict[str, torch.Tensor]:
     """Give the entries of another library's state dict our names.
 
     Args:
         state: their state dict.
         names: their prefixes, whole dotted parts, and ours; None leaves the entries out. The longest that fits counts.
+        needed: ours, of entries that must be there.
 
     Raises:
-        ValueError: no prefix fits an entry: this is the state dict of something else.
+        ValueError: no prefix fits an entry, or one that is needed is not there: it is the state dict of something else.
     """
     ours = {}
     for key, value in state.items():
@@ -85,6 +88,11 @@ def renamed(state: Mapping[str, torch.Tensor], names: Mapping[str, str | None]) 
         name = names[found]
         if name is not None:
             ours[name + key[len(found) :]] = value
+    for name in needed:
+        if name not in ours:
+            fits = ((theirs, own) for theirs, own in names.items() if own and f"{name}.".startswith(f"{own}."))
+            theirs = " or ".join(theirs + name[len(own) :] for theirs, own in fits)
+            raise expected(f"a state dict with an entry {theirs}", "entries", list(state), ValueError)
     return ours
 
 

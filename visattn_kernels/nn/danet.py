@@ -69,7 +69,9 @@ class DANetPositionAttention(nn.Module):
     @staticmethod
     def translate(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Our state dict of that of the authors' `PAM_Module` (query_conv, key_conv, value_conv, gamma)."""
-        ours = renamed(state, {"query_conv": "query", "key_conv": "key", "value_conv": "value", "gamma": "gamma"})
+        ours = renamed(
+            state, {"query_conv": "query", "key_conv": "key", "value_conv": "value", "gamma": "gamma"}, ("gamma",)
+        )
         return {**ours, "gamma": ours["gamma"].reshape(())}
 
 
@@ -120,7 +122,7 @@ class DANetChannelAttention(nn.Module):
     @staticmethod
     def translate(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Our state dict of that of the authors' `CAM_Module` (gamma)."""
-        return {"gamma": renamed(state, {"gamma": "gamma"})["gamma"].reshape(())}
+        return {"gamma": renamed(state, {"gamma": "gamma"}, ("gamma",))["gamma"].reshape(())}
 
     def extra_repr(self) -> str:
         """Whether it subtracts."""

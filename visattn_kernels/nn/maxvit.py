@@ -78,7 +78,7 @@ class GridAttention(PackedAttention):
                 own models with such a table have it; those with weights of the paper (`maxvit_*_tf_*`) have the first
                 table, and channels by q, k and v first.
         """
-        ours = renamed(state, _NAMES)
+        ours = renamed(state, _NAMES, ("bias_table",))
         head_first = ours["bias_table"].dim() == 2 if head_first is None else head_first
         ours["bias_table"] = by_head(ours["bias_table"], grid_size)
         if head_first:

@@ -110,7 +110,7 @@ class SAGANAttention(nn.Module):
         gamma (for which `pool=1, bias=True, project=False`). Spectral norms, BigGAN-PyTorch's and those of
         `torch.nn.utils.spectral_norm`, become those of `torch.nn.utils.parametrizations`: `spectral_norm=True`.
         """
-        ours = renamed(state, _NAMES)
+        ours = renamed(state, _NAMES, ("sigma",))
         for suffix, place in _SPECTRAL.items():
             ours = {name.removesuffix(suffix) + place if name.endswith(suffix) else name: x for name, x in ours.items()}
         for layer in [name.removesuffix(".u0") for name in ours if name.endswith(".u0")]:  # BigGAN-PyTorch's own norm

@@ -84,7 +84,7 @@ class WindowAttention(PackedAttention):
             state: theirs, with a table by query minus key, `[(2h-1)(2w-1), heads]`.
             window_size: sides of a window that is not square.
         """
-        ours = renamed(state, _NAMES)
+        ours = renamed(state, _NAMES, ("bias_table",))
         ours["bias_table"] = by_head(ours["bias_table"], window_size)
         return {name: as_convolution(x) if name.endswith(".weight") else x for name, x in ours.items()}
 
