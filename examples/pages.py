@@ -18,6 +18,7 @@ from visattn_kernels.viz.output import Target
 ROOT = Path(__file__).parent.parent
 PICTURES = {
     "sagan_digits": "sagan_digits/sagan.png",
+    "sagan_digits_dcgan": "sagan_digits_dcgan/dcgan.png",
     "attention_masks": "one_mask/masks.png",
     "axial_resnet": "axial/axial.png",
 }
