@@ -113,7 +113,9 @@ class Trunk(nn.Module):
         """
         try:
             state = torch.load(file, weights_only=True, map_location="cpu")
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        except OSError as error:
+            raise expected("a file to read", "--weights", file, ValueError, f"{error.strerror}.") from error
+        except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError):
             state = None
         if not isinstance(state, Mapping) or not all(isinstance(x, torch.Tensor) for x in state.values()):
             raise expected("a file with a state dict, of tensors by name", "--weights", file, ValueError)
@@ -262,8 +264,16 @@ def main(
             compare,
         )
         return
-    settings = {"heads": heads, "diversity": diversity, "width": width, "batch": batch, "images": images, "seed": seed}
-    run = runs.Run(output, {**settings, "weights": None if weights is None else str(weights)}, fresh)
+    settings: dict[str, Any] = {
+        "heads": heads,
+        "diversity": diversity,
+        "width": width,
+        "batch": batch,
+        "images": images,
+        "seed": seed,
+    }
+    settings["weights"] = None if weights is None else str(weights)
+    run = runs.Run(output, "attention_masks", settings, fresh)
     runs.seed(seed)
     numbers, labels = runs.digits()
     training = Training(width, heads, diversity)

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from benchmarks.machine import hardware
 from benchmarks.peak import peak_of
+from visattn_kernels.backends import cpu
 from visattn_kernels.errors import expected
 from visattn_kernels.viz.exits import InputError
 from visattn_kernels.viz.output import Target
@@ -37,26 +38,39 @@ class Run:
 
     Args:
         folder: made if it is not there.
+        example: name of the example.
         settings: what the run must have been begun with to go on.
         fresh: begin anew, whatever is there.
 
     Raises:
-        ValueError: the folder has a run of other settings.
+        ValueError: the folder cannot be made, or has a run of other settings or of another example, or a file in the
+            checkpoint's place that is none.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], fresh: bool) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        self.settings = dict(settings)
+    def __init__(self, folder: Path, example: str, settings: Mapping[str, Any], fresh: bool) -> None:
+        self.folder = folder_of(folder)
+        self.settings = {"example": example, **settings}
         self.file = folder / "checkpoint.pt"
         self.state: dict[str, Any] | None = None
         if self.file.exists() and not fresh:
-            kept = torch.load(self.file, weights_only=True)
+            kept = self._kept()
             for name, value in self.settings.items():
                 if kept["settings"].get(name) != value:
                     rule = f"{name}={kept['settings'].get(name)}, with which the run in {folder} was begun"
-                    raise expected(rule, f"--{name}", value, ValueError, "--fresh begins anew, --output elsewhere.")
+                    what = name if name == "example" else f"--{name}"
+                    raise expected(rule, what, value, ValueError, "--fresh begins anew, --output elsewhere.")
             self.state = kept["state"]
+
+    def _kept(self) -> dict[str, Any]:
+        """What the checkpoint holds."""
+        rule, hint = "a checkpoint that an example wrote", "--fresh begins anew, --output elsewhere."
+        try:
+            kept = torch.load(self.file, weights_only=True)
+        except Exception as error:  # torch.load raises whatever the bytes lead it to
+            raise expected(rule, "the file", self.file, ValueError, hint) from error
+        if not isinstance(kept, dict) or set(kept) != {"settings", "state"} or "random" not in kept["state"]:
+            raise expected(rule, "the file", self.file, ValueError, hint)
+        return kept
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Write the checkpoint, whole or not at all; random numbers go on where they were."""
@@ -73,9 +87,25 @@ class Run:
         return path
 
 
+def folder_of(path: Path) -> Path:
+    """Make a folder if it is not there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise expected("a folder, or a place for one", "--output", path, ValueError, f"{error.strerror}.") from error
+    return path
+
+
 @contextmanager
 def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
-    """A bar on stderr; the function given counts one on and takes numbers to show, such as losses."""
+    """A bar on stderr; the function given counts one on and takes numbers to show, such as losses.
+
+    Raises:
+        ValueError: more is done than the total.
+    """
+    if done > total:
+        rule = f"a total of {done} or more, as many as the run has done"
+        raise expected(rule, "the total", total, ValueError, "--fresh begins anew, --output elsewhere.")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=total, completed=done)
@@ -157,6 +187,8 @@ def compare(steps: Mapping[str, tuple[Callable[..., Step], tuple[Any, ...]]], re
         steps: by name, a function of a module that makes the step, and its arguments, which are pickled.
         repeats: steps of each that are timed.
     """
+    if cpu.unavailable():
+        raise expected("the compiled engine, which is compared", "it", "none", ValueError, f"{cpu.unavailable()[0]}.")
     made = {name: make(*args) for name, (make, args) in steps.items()}
     seconds: dict[str, list[float]] = {name: [] for name in made}
     with progress("comparing", (repeats + 1) * len(made) + len(made)) as one:
@@ -187,6 +219,7 @@ def report(
     folder: Path, title: str, steps: Mapping[str, tuple[Callable[..., Step], tuple[Any, ...]]], repeats: int
 ) -> None:
     """Compare steps, print the table, and write it to `compare.md` in the folder; the first is what ratios are of."""
+    folder_of(folder)
     costs = compare(steps, repeats)
     first = next(iter(costs.values()))
     rows = [
@@ -220,7 +253,7 @@ def write_table(path: Path, title: str, head: Sequence[str], rows: Sequence[Sequ
         shown.add_row(*row)
     Console().print(shown)
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder_of(path.parent)
     text = f"{title}.\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
     Target(path).write(text.encode())
 

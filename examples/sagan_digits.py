@@ -204,7 +204,7 @@ def main(
             compare,
         )
         return
-    run = runs.Run(output, {"model": model, "width": width, "batch": batch, "seed": seed}, fresh)
+    run = runs.Run(output, "sagan_digits", {"model": model, "width": width, "batch": batch, "seed": seed}, fresh)
     runs.seed(seed)
     images = digits()
     training = Training(width, model)

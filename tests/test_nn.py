@@ -192,6 +192,15 @@ def test_bad_maps(row: Row) -> None:
         module(normal(3, 4))
 
 
+@pytest.mark.filterwarnings("ignore:visattn. falling back to the reference:UserWarning")
+@each_mode
+def test_meta(row: Row, training: bool) -> None:
+    """Shapes without numbers, as tools that plan memory ask for them."""
+    x = maps(row, row.sizes[0])[0]
+    expected = ready(row, training)(x).shape
+    assert ready(row, training).to("meta")(x.to("meta")).shape == expected
+
+
 TRANSLATES = [name for name in vn.__all__ if hasattr(getattr(vn, name), "translate")]
 NEEDS = {
     "AxialBlock": "relative",

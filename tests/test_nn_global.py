@@ -208,12 +208,29 @@ def test_normalized_pool_in_16_bits():
 # Arguments
 
 
+def ocnet_map(at, regions=2):
+    return vn.OCNetBlock(8, regions=regions).attention_map(normal(1, 8, 8, 6, dtype=torch.float32), at)
+
+
 BAD = [
     (lambda: vn.NonLocalBlock(8, mode="dot_product"), ValueError, "mode to be one of embedded_gaussian, gaussian"),
     (lambda: vn.NonLocalBlock(8, pool=0), ValueError, "pool of 1 or more, but got pool=0"),
     (lambda: vn.NonLocalBlock(8.0), TypeError, "channels to be an integer"),
     (lambda: vn.OCNetBlock(8, activation="gelu"), ValueError, "activation to be one of relu, leaky_relu"),
     (lambda: vn.PyramidOC(8, regions=()), ValueError, "at least one number of regions"),
+    (lambda: vn.PyramidOC(8, regions=3), TypeError, "a sequence of numbers of regions, but got regions=3"),
+    (lambda: ocnet_map([(8, 0)]), ValueError, r"0 <= y < 8 and 0 <= x < 6, but got at=\(8, 0\)"),
+    (lambda: ocnet_map((1, 2)), TypeError, r"at to be points .*, but got at\[0\]=1"),
+    (lambda: ocnet_map([(0, 0)], regions=7), ValueError, "regions=7"),
+    (lambda: vn.VAEAttention(32, eps=0.0), ValueError, r"eps to be a positive number, but got eps=0\.0"),
+    (
+        lambda: vn.SAGANAttention(8)(normal(1, 8, 1, 4, dtype=torch.float32)),
+        RuntimeError,
+        "2×2, .* but got its size=1×4",
+    ),
+    (lambda: vn.SAGANAttention(8)(torch.ones(1, 8, 4, 4, dtype=torch.int64)), TypeError, r"x\.dtype=torch\.int64"),
+    (lambda: vn.DANetChannelAttention()(torch.ones(1, 8, 0, 4)), RuntimeError, r"x\.shape=\[1, 8, 0, 4\]"),
+    (lambda: vn.masked_pool(normal(1, 2, 3, 4), torch.ones(1, 1, 3, 4, dtype=torch.bool)), TypeError, r"masks\.dtype"),
     (lambda: vn.OCNetBlock(8, regions=3)(normal(1, 8, 4, 2, dtype=torch.float32)), ValueError, "regions=3"),
     (lambda: vn.VAEAttention(8), ValueError, "groups to divide 8 channels, but got groups=32"),
     (lambda: vn.CrissCrossAttention(8, recurrence=0), ValueError, "recurrence of 1 or more"),
@@ -412,13 +429,17 @@ def test_sagan_with_spectral_norm_of_others(old: bool) -> None:
     for name, layer in theirs.items():
         for _ in range(30 if old else 0):
             layer.train()(normal(1, layer.in_channels, 2, 2))
-        if not old:
-            left, sizes, _ = torch.linalg.svd(layer.weight.flatten(1), full_matrices=False)
-            state |= {f"{name}.u0": left[:, :1].T.detach(), f"{name}.sv0": sizes[:1].detach()}
+        if not old:  # as it is early in training, far from the singular vector
+            state |= {f"{name}.u0": normal(1, layer.out_channels), f"{name}.sv0": torch.ones(1)}
         state |= {f"{name}.{key}": x for key, x in layer.state_dict().items()}
     ours = vn.SAGANAttention(8, spectral_norm=True).double()
     ours.load_state_dict(vn.SAGANAttention.translate(state))
     for name, layer in {"theta": ours.query, "phi": ours.key, "g": ours.value, "o": ours.project}.items():
-        weight = theirs[name].weight_orig if old else theirs[name].weight
-        largest = torch.linalg.matrix_norm(weight.flatten(1), 2)
-        torch.testing.assert_close(layer.eval().weight, (weight / largest).detach(), rtol=1e-6, atol=1e-9)
+        weight = (theirs[name].weight_orig if old else theirs[name].weight).detach()
+        if old:
+            largest = torch.linalg.matrix_norm(weight.flatten(1), 2)
+        else:  # BigGAN-PyTorch's `power_iteration`, which steps in evaluation too
+            v = torch.nn.functional.normalize(state[f"{name}.u0"] @ weight.flatten(1))
+            u = torch.nn.functional.normalize(v @ weight.flatten(1).T)
+            largest = (v @ weight.flatten(1).T @ u.T).squeeze()
+        torch.testing.assert_close(layer.eval().weight, weight / largest, rtol=1e-6, atol=1e-9)

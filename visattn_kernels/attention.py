@@ -164,7 +164,7 @@ def attention_map(
     q, k = ops.autocast(tensor(q, "q"), tensor(k, "k"))
     terms = _autocast(terms, q)
     problem = make_problem(q, k, None, pattern, scale, terms)
-    points = _points(at, problem).to(q.device)
+    points = points_in(at, problem.queries).to(q.device)
     name = backends.choose(problem, backend)
     if name == "reference":
         return reference.attention_map(q, k, points, pattern, scale=problem.scale, terms=terms)
@@ -174,8 +174,8 @@ def attention_map(
     return rows
 
 
-def _points(at: Sequence[tuple[int, int]] | torch.Tensor, problem: Problem) -> torch.Tensor:
-    """Check the points of `attention_map` and make them an int64 Tensor[P, 2]."""
+def points_in(at: Sequence[tuple[int, int]] | torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Check the points of `attention_map` on a grid of this size, and make them an int64 Tensor[P, 2]."""
     rule = "at to be points (y, x), a sequence of pairs of integers or an integer Tensor[P, 2]"
     if isinstance(at, torch.Tensor):
         if at.dtype.is_floating_point or at.dtype.is_complex or at.dtype == torch.bool:
@@ -184,7 +184,7 @@ def _points(at: Sequence[tuple[int, int]] | torch.Tensor, problem: Problem) -> t
             raise expected(rule, "at.shape", list(at.shape), ValueError)
         # Values that are not there yet (traced, or mapped by vmap) are checked by the operator when they are.
         if not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(at)):
-            _check_inside(at.tolist(), problem)
+            _check_inside(at.tolist(), size)
         return at.to(torch.int64)
     if not isinstance(at, Sequence) or isinstance(at, str):
         raise expected(rule, "at", told(at), TypeError)
@@ -193,13 +193,13 @@ def _points(at: Sequence[tuple[int, int]] | torch.Tensor, problem: Problem) -> t
             raise expected(rule, f"at[{i}]", told(point), TypeError)
         if len(point) != 2:
             raise expected(rule, f"at[{i}]", told(point), ValueError)
-    _check_inside(at, problem)
+    _check_inside(at, size)
     return torch.tensor([list(point) for point in at], dtype=torch.int64).reshape(-1, 2)
 
 
-def _check_inside(points: Sequence[Sequence[int]], problem: Problem) -> None:
+def _check_inside(points: Sequence[Sequence[int]], size: tuple[int, int]) -> None:
     """Refuse a point outside the query grid."""
-    height, width = problem.queries
+    height, width = size
     for y, x in points:
         if not (0 <= y < height and 0 <= x < width):
             raise expected(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 
 from visattn_kernels.problem import Problem
 
@@ -15,6 +16,10 @@ ABOUT = "C++ engine: tiled, multi-threaded, SIMD chosen at run time"
 def _load() -> str:
     """Load the extension; the reason if that fails, else an empty string."""
     if find_spec("visattn_kernels._C") is None:
+        root = Path(__file__).parents[2]
+        if (root / "csrc").is_dir():
+            sources = f"in {root}, whose sources Python takes before an installed package"
+            return f"the extension visattn_kernels._C was not built {sources}; `make build` there builds it"
         return "the extension visattn_kernels._C was not built (VISATTN_NO_EXT=1, or no C++ compiler at install time)"
     try:
         import visattn_kernels._C  # noqa: F401

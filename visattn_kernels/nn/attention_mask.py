@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from visattn_kernels.errors import expected
-from visattn_kernels.nn.common import choice, count, image
+from visattn_kernels.nn.common import choice, count, image, without_autocast
 
 
 def _over_positions(scores: torch.Tensor) -> torch.Tensor:
@@ -209,7 +209,7 @@ def diversity_loss(masks: torch.Tensor, *, norm: str = "sqrt") -> torch.Tensor:
     """
     kind = choice(norm, "norm", tuple(_NORMS))
     masks = image(masks, argument="masks")
-    with torch.autocast(masks.device.type, enabled=False):  # 16 bits are too few for a difference of products
+    with without_autocast(masks.device):  # 16 bits are too few for a difference of products
         normalised = _NORMS[kind](masks.flatten(2).to(torch.promote_types(masks.dtype, torch.float32)))
         gram = normalised @ normalised.transpose(1, 2)  # [B, M, M]
         unit = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)

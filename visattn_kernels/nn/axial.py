@@ -20,6 +20,7 @@ from visattn_kernels.nn.common import (
     pair,
     renamed,
     share,
+    without_autocast,
 )
 from visattn_kernels.patterns import AXES, Column, Row
 from visattn_kernels.terms import RelativeKey, RelativeQuery, RelativeValue, Term
@@ -55,7 +56,7 @@ class AxialAttention(nn.Module):
 
     Shape:
         x (Tensor[B, C, H, W]), in either memory format; the result
-        `[B, out_channels, H // stride, W // stride]`.
+        `[B, out_channels, H // stride, W // stride]`, in channels-last in evaluation.
 
     Raises:
         TypeError, ValueError: an argument is no integer, too small, or no choice; no `size` where it is needed.
@@ -196,7 +197,7 @@ class AxialAttention(nn.Module):
 
     def _moments(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
         """The means of the logits' parts and of their squares, `[parts * heads]`, and the number of pairs."""
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q.device):
             q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
             if self.axis == "height":
                 q, k = q.transpose(1, 2), k.transpose(1, 2)  # [B, lines, length, heads, D]
@@ -350,10 +351,11 @@ class AxialBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.channels, self.stride = count(channels, "channels"), count(stride, "stride")
+        mid_channels = count(mid_channels, "mid_channels")
         out = 2 * mid_channels if out_channels is None else count(out_channels, "out_channels")
         height, width = (None, None) if size is None else pair(size)
         shared = {"heads": heads, "span": span, "position": position, "backend": backend}
-        self.down = nn.Conv2d(channels, count(mid_channels, "mid_channels"), 1, bias=False)
+        self.down = nn.Conv2d(channels, mid_channels, 1, bias=False)
         self.norm_down = BatchNorm2d(mid_channels)
         self.height = AxialAttention(mid_channels, "height", size=height, **shared)  # type: ignore[arg-type]
         self.width = AxialAttention(mid_channels, "width", size=width, stride=stride, **shared)  # type: ignore[arg-type]

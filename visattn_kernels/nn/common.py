@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -23,6 +24,10 @@ def image(x: object, channels: int | None = None, argument: str = "x") -> torch.
     if x.dim() != 4 or (channels is not None and x.shape[1] != channels):
         shape = f"[B, {'C' if channels is None else channels}, H, W]"
         raise expected(f"{argument} of shape {shape}", f"{argument}.shape", list(x.shape), RuntimeError)
+    if not x.is_floating_point():
+        raise expected(f"{argument} to be of a floating-point dtype", f"{argument}.dtype", x.dtype, TypeError)
+    if not (x.shape[2] and x.shape[3]):
+        raise expected(f"{argument} of one position or more", f"{argument}.shape", list(x.shape), RuntimeError)
     return x
 
 
@@ -49,6 +54,11 @@ def choice(value: object, argument: str, options: tuple[str, ...]) -> str:
     return value
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """The context in which dtypes are what they are, on any device, tensors without numbers (meta) included."""
+    return torch.autocast(device.type, enabled=False) if device.type != "meta" else nullcontext()
+
+
 def pooled(x: torch.Tensor, factor: int) -> torch.Tensor:
     """The map max-pooled by a factor; what it leaves over of an odd size is dropped."""
     return x if factor == 1 else nn.functional.max_pool2d(_at_least(x, factor), factor)
@@ -61,7 +71,8 @@ def averaged(x: torch.Tensor, stride: int) -> torch.Tensor:
 
 def _at_least(x: torch.Tensor, side: int) -> torch.Tensor:
     if x.shape[2] < side or x.shape[3] < side:
-        raise expected(f"a map of at least {side}×{side}, which is pooled", "x.shape", list(x.shape), RuntimeError)
+        sides = f"{x.shape[2]}×{x.shape[3]}"
+        raise expected(f"a map of at least {side}×{side}, which is pooled", "its size", sides, RuntimeError)
     return x
 
 

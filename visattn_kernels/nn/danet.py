@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from visattn_kernels.attention import attention, attention_map, channels_first, heads_last
-from visattn_kernels.nn.common import count, image, renamed
+from visattn_kernels.nn.common import count, image, renamed, without_autocast
 
 
 class DANetPositionAttention(nn.Module):
@@ -113,7 +113,7 @@ class DANetChannelAttention(nn.Module):
     def channel_map(self, x: torch.Tensor) -> torch.Tensor:
         """How much each channel looks at each: `[B, C, C]`, rows sum to 1."""
         seen = image(x).flatten(2)
-        with torch.autocast(seen.device.type, enabled=False):  # sums over positions are too large for 16 bits
+        with without_autocast(seen.device):  # sums over positions are too large for 16 bits
             wide = seen.to(torch.promote_types(seen.dtype, torch.float32))
             energy = wide @ wide.transpose(1, 2)
             # softmax(max - E) is softmax(-E): what a whole row shares cancels

@@ -34,7 +34,7 @@ class LocalRelation(nn.Module):
         backend: as in `attention`.
 
     Shape:
-        x (Tensor[B, C, H, W]), in either memory format; the result alike.
+        x (Tensor[B, C, H, W]), in either memory format; the result in channels-last.
 
     Raises:
         TypeError, ValueError: an argument is no integer, too small, or no choice; with border="shift" a kernel larger

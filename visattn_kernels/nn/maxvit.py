@@ -28,8 +28,8 @@ class GridAttention(PackedAttention):
         backend: as in `attention`.
 
     Shape:
-        x (Tensor[B, C, H, W]), in either memory format; the result alike. Any size: where the published code wants
-        the grid to divide the map, here some positions see fewer.
+        x (Tensor[B, C, H, W]), in either memory format; the result in channels-last. Any size: where the published
+        code wants the grid to divide the map, here some positions see fewer.
 
     Raises:
         TypeError, ValueError: an argument is no integer, too small, or no choice.

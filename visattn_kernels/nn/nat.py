@@ -31,8 +31,8 @@ class NeighborhoodAttention(PackedAttention):
         backend: as in `attention`.
 
     Shape:
-        x (Tensor[B, C, H, W]), in either memory format; the result alike. `kernel_size * dilation` must not exceed
-        the map: NAT's published code pads a smaller one with zeros, which a caller may do too.
+        x (Tensor[B, C, H, W]), in either memory format; the result in channels-last. `kernel_size * dilation` must not
+        exceed the map: NAT's published code pads a smaller one with zeros, which a caller may do too.
 
     Raises:
         TypeError, ValueError: an argument is no integer or too small; the map is too small.

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from visattn_kernels.attention import attention, attention_map, channels_first, heads_last
-from visattn_kernels.errors import expected
+from visattn_kernels.attention import attention, attention_map, channels_first, heads_last, points_in
+from visattn_kernels.errors import expected, told
 from visattn_kernels.nn.common import BatchNorm2d, choice, count, image, pooled, renamed
 from visattn_kernels.patterns import Window
 
@@ -107,8 +107,10 @@ class OCNetBlock(nn.Module):
         k = heads_last(self.key(pooled(image(x, self.channels), self.pool)))
         if self.regions == 1:
             return attention_map(k, k, at, backend=self.backend).squeeze(2)
-        rows = [attention_map(k, k, at[:0], backend=self.backend).squeeze(2)]
-        for point in at.tolist() if isinstance(at, torch.Tensor) else at:
+        for size in k.shape[1:3]:
+            _strips(size, self.regions)  # refuses a map with too few
+        rows = [attention_map(k, k, [], backend=self.backend).squeeze(2)]
+        for point in points_in(at, (k.shape[1], k.shape[2])).tolist():
             (top, bottom), (left, right) = (
                 _region(i, size, self.regions) for i, size in zip(point, k.shape[1:3], strict=True)
             )
@@ -276,12 +278,14 @@ class PyramidOC(nn.Module):
         super().__init__()
         self.channels = count(channels, "channels")
         out = count(channels if out_channels is None else out_channels, "out_channels")
+        if not isinstance(regions, Sequence):
+            raise expected("a sequence of numbers of regions", "regions", told(regions), TypeError)
+        if not regions:
+            raise expected("at least one number of regions", "regions", regions, ValueError)
         self.contexts = nn.ModuleList(
             OCNetBlock(channels, value_channels=channels, regions=n, activation=activation, backend=backend)
             for n in regions
         )
-        if not self.contexts:
-            raise expected("at least one number of regions", "regions", regions, ValueError)
         wide = len(self.contexts) * channels
         self.widen = nn.Sequential(*_convolution(channels, wide, activation))
         self.fuse = nn.Sequential(*_convolution(2 * wide, out, activation), nn.Dropout2d(dropout))

@@ -114,8 +114,9 @@ class SAGANAttention(nn.Module):
         for suffix, place in _SPECTRAL.items():
             ours = {name.removesuffix(suffix) + place if name.endswith(suffix) else name: x for name, x in ours.items()}
         for layer in [name.removesuffix(".u0") for name in ours if name.endswith(".u0")]:  # BigGAN-PyTorch's own norm
-            weight, u = ours.pop(f"{layer}.weight"), nn.functional.normalize(ours.pop(f"{layer}.u0").flatten(), dim=0)
+            weight, u = ours.pop(f"{layer}.weight"), ours.pop(f"{layer}.u0").flatten()
             v = nn.functional.normalize(weight.flatten(1).T @ u, dim=0)
+            u = nn.functional.normalize(weight.flatten(1) @ v, dim=0)  # theirs steps in evaluation too: |W v| is u W v
             del ours[f"{layer}.sv0"]
             ours |= {f"{layer}{place}": x for place, x in zip(_SPECTRAL.values(), (weight, u, v), strict=True)}
         return {**ours, "sigma": ours["sigma"].reshape(())}

@@ -36,7 +36,8 @@ class StandAloneSelfAttention(nn.Module):
         backend: as in `attention`.
 
     Shape:
-        x (Tensor[B, C, H, W]), in either memory format; the result `[B, out_channels, H // stride, W // stride]`.
+        x (Tensor[B, C, H, W]), in either memory format; the result
+        `[B, out_channels, H // stride, W // stride]`, in channels-last.
 
     Raises:
         TypeError, ValueError: an argument is no integer, too small, or no choice; heads of an odd number of channels;
@@ -91,7 +92,10 @@ class StandAloneSelfAttention(nn.Module):
         return averaged(y, self.stride)
 
     def attention_map(self, x: torch.Tensor, at: Sequence[tuple[int, int]] | torch.Tensor) -> torch.Tensor:
-        """The map's rows of the positions `at`, points (y, x): `[B, len(at), heads, H, W]`, float32."""
+        """The map's rows of the positions `at`, points (y, x): `[B, len(at), heads, H, W]`, float32.
+
+        With border="zero" a row sums to less than 1 near the border, where the zeros around the map take a share.
+        """
         q, k = self._query_and_key(x)
         terms = (self._term(),)
         return attention_map(q, k, at, self.pattern, scale=self.scale, terms=terms, backend=self.backend)

@@ -34,7 +34,8 @@ class WindowAttention(PackedAttention):
         backend: as in `attention`.
 
     Shape:
-        x (Tensor[B, C, H, W]), in either memory format; the result alike.
+        x (Tensor[B, C, H, W]), in either memory format; the result in channels-last, cut out of a larger one
+        where the map was padded.
 
     Raises:
         TypeError, ValueError: an argument is no integer, too small, or the shift no less than the window.

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from visattn_kernels.attention import attention, attention_map, channels_first, heads_last
+from visattn_kernels.errors import expected, told
 from visattn_kernels.nn.common import convolutions, count, image, renamed, share
 
 
@@ -27,7 +28,8 @@ class VAEAttention(nn.Module):
         x (Tensor[B, C, H, W]), float64, float32, bfloat16 or float16, in either memory format; the result alike.
 
     Raises:
-        TypeError, ValueError: an argument is no integer or too small, or `groups` does not divide C.
+        TypeError, ValueError: an argument is no integer or too small, `groups` does not divide C, `eps` is not
+            positive.
         RuntimeError: x is no map of C channels.
 
     Memory:
@@ -43,6 +45,8 @@ class VAEAttention(nn.Module):
         self.channels = count(channels, "channels")
         share(channels, groups, "groups")
         self.backend = backend
+        if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not eps > 0:
+            raise expected("eps to be a positive number", "eps", told(eps), ValueError)
         self.norm = nn.GroupNorm(groups, channels, eps)
         self.query = nn.Conv2d(channels, channels, 1)
         self.key = nn.Conv2d(channels, channels, 1)

@@ -33,7 +33,8 @@ class ViTDetAttention(PackedAttention):
         backend: as in `attention`.
 
     Shape:
-        x (Tensor[B, C, H, W]), in either memory format; the result alike.
+        x (Tensor[B, C, H, W]), in either memory format; the result in channels-last, cut out of a larger one
+        where the map was padded.
 
     Raises:
         TypeError, ValueError: an argument is no integer or too small; no `size` where it is needed.
