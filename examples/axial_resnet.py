@@ -137,7 +137,8 @@ class ResNet(nn.Module):
                 channels, side = EXPANSION * width << stage, side // stride
             self.stages.append(nn.Sequential(*parts))
         self.head = nn.Linear(channels, 10)
-        self.to(memory_format=torch.channels_last)  # 1×1 convolutions are several times as quick in it
+        # 1×1 convolutions are several times as quick in it
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The logits."""
