@@ -327,6 +327,38 @@ def pyramid_oc(m, x):
     return in_place(m.conv_bn_dropout[1], m.conv_bn_dropout[0](torch.cat([wide, context(m.stages[0], x), regions], 1)))
 
 
+def criss_cross(m, x):
+    """One step of it."""
+    y, column = (i.flatten() for i in torch.meshgrid(*map(torch.arange, x.shape[2:]), indexing="ij"))
+    seen = (y[:, None] == y) | (column[:, None] == column)
+    bias = x.new_zeros(seen.shape).masked_fill(~seen, -torch.inf)
+    gathered = dense_attention(flat(m.query_conv(x)), flat(m.key_conv(x)), flat(m.value_conv(x)), 1.0, bias)
+    return x + m.gamma * gathered.transpose(1, 2).reshape(x.shape)
+
+
+def gaussian(m, x):
+    small = flat(nn.functional.max_pool2d(x, 2))
+    y = dense_attention(flat(x), small, flat(m.g(x)))
+    return x + m.W(y.transpose(1, 2).reshape(len(x), -1, *x.shape[2:]))
+
+
+def attn_block(m, x):
+    h = m.norm(x)
+    y = dense_attention(flat(m.q(h)), flat(m.k(h)), flat(m.v(h)), x.shape[1] ** -0.5)
+    return x + m.proj_out(y.transpose(1, 2).reshape(x.shape))
+
+
+def attention_block(m, x):
+    """Linear layers over a sequence of positions."""
+    h = flat(m.group_norm(x))
+    y = dense_attention(m.query(h), m.key(h), m.value(h), x.shape[1] ** -0.5)
+    return x + m.proj_attn(y).transpose(1, 2).reshape(x.shape)
+
+
+def base_oc_context(m, x):
+    return in_place(m.conv_bn_dropout[1], m.conv_bn_dropout[0](context(m.stages[0], x)))
+
+
 def cut(length):
     return slice(0, length // 2), slice(length // 2, length)
 
@@ -338,6 +370,30 @@ THEIRS = {
         lambda: layers(g=convolution(6, 3), theta=convolution(6, 3), phi=convolution(6, 3), W=convolution(3, 6)),
         nonlocal_forward,
         lambda: vn.NonLocalBlock(6, pool=1, batch_norm=False),
+    ),
+    "NONLocalBlock2D-gaussian": (
+        6,
+        lambda: layers(g=nn.Sequential(convolution(6, 3), nn.MaxPool2d(2)), W=normed(3, 6)),
+        gaussian,
+        lambda: vn.NonLocalBlock(6, mode="gaussian", pool_first=False),
+    ),
+    "CrissCrossAttention": (16, lambda: three(16, 2), criss_cross, lambda: vn.CrissCrossAttention(16, recurrence=1)),
+    "AttnBlock": (
+        32,
+        lambda: layers(
+            norm=nn.GroupNorm(32, 32, 1e-6), **{name: convolution(32, 32) for name in ("q", "k", "v", "proj_out")}
+        ),
+        attn_block,
+        lambda: vn.VAEAttention(32),
+    ),
+    "AttentionBlock": (
+        32,
+        lambda: layers(
+            group_norm=nn.GroupNorm(32, 32, 1e-5),
+            **{name: nn.Linear(32, 32) for name in ("query", "key", "value", "proj_attn")},
+        ),
+        attention_block,
+        lambda: vn.VAEAttention(32, eps=1e-5),
     ),
     "PAM_Module": (16, lambda: three(16, 2), positions, lambda: vn.DANetPositionAttention(16)),
     "SelfAttentionBlock2D": (
@@ -351,6 +407,12 @@ THEIRS = {
         lambda: layers(stages=nn.ModuleList([object_context(2)]), conv_bn_dropout=normed(8, 4)),
         base_oc,
         lambda: vn.BaseOC(4, activation="leaky_relu"),
+    ),
+    "BaseOC_Context_Module": (
+        4,
+        lambda: layers(stages=nn.ModuleList([object_context(2)]), conv_bn_dropout=normed(4, 4)),
+        base_oc_context,
+        lambda: vn.BaseOC(4, concat=False, activation="leaky_relu"),
     ),
     "Pyramid_OC_Module": (
         4,
