@@ -187,8 +187,8 @@ def compare(steps: Mapping[str, tuple[Callable[..., Step], tuple[Any, ...]]], re
         steps: by name, a function of a module that makes the step, and its arguments, which are pickled.
         repeats: steps of each that are timed.
     """
-    if cpu.unavailable():
-        raise expected("the compiled engine, which is compared", "it", "none", ValueError, f"{cpu.unavailable()[0]}.")
+    for reason in cpu.unavailable():
+        raise expected("the compiled engine, which is compared", "backend", "reference", ValueError, reason)
     made = {name: make(*args) for name, (make, args) in steps.items()}
     seconds: dict[str, list[float]] = {name: [] for name in made}
     with progress("comparing", (repeats + 1) * len(made) + len(made)) as one:
