@@ -90,7 +90,7 @@ VISATTN_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};  // one broadcast: the compiler sees through x - 0
 }
 
-// NaN in `b` passes, so that a NaN score reaches the result.
+// NaN in `b` passes, so that a NaN score reaches the result; in `min` too.
 VISATTN_INLINE VecF max(VecF a, VecF b) {
 #if defined(__AVX512F__)
   return (VecF)_mm512_max_ps((__m512)a, (__m512)b);
@@ -108,6 +108,22 @@ VISATTN_INLINE VecD max(VecD a, VecD b) {
   return (VecD)_mm256_max_pd((__m256d)a, (__m256d)b);
 #else
   return a > b ? a : b;
+#endif
+}
+
+VISATTN_INLINE VecF min(VecF a, VecF b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (VecF)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+VISATTN_INLINE VecD min(VecD a, VecD b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (VecD)_mm256_min_pd((__m256d)a, (__m256d)b);
+#else
+  return a < b ? a : b;
 #endif
 }
 
@@ -249,8 +265,7 @@ VISATTN_INLINE VecF exp(VecF x) {
   const VecF n = (VecF)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const VecF f = (VecF)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  t = max(broadcast(-127.f), t);
-  t = t > 128.f ? broadcast(128.f) : t;
+  t = min(broadcast(128.f), max(broadcast(-127.f), t));
 #if defined(__AVX2__)
   const VecF n = (VecF)_mm256_round_ps((__m256)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
@@ -274,8 +289,7 @@ VISATTN_INLINE VecF exp(VecF x) {
 // The same to double precision: 13 terms of the series, 4e-18 on [-1/2, 1/2].
 VISATTN_INLINE VecD exp(VecD x) {
   VecD t = x * kLog2E;
-  t = max(broadcast(-1023.), t);
-  t = t > 1024. ? broadcast(1024.) : t;
+  t = min(broadcast(1024.), max(broadcast(-1023.), t));
   const VecD magic = broadcast(6755399441055744.);  // 1.5 * 2^52
   const VecD shifted = t + magic;
   const VecD n = shifted - magic;
