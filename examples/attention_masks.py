@@ -301,6 +301,7 @@ def main(
         training.load(run.state)
         torch.set_rng_state(run.state["random"])
     steps = images // batch or 1
+    runs.not_below(len(told) - 1, epochs, "--epochs")
     with runs.progress("training", epochs * steps, (len(told) - 1) * steps) as one:
         for epoch in range(len(told), epochs + 1):
             seen, _ = scenes(numbers[:images], seed + epoch)

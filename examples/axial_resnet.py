@@ -298,6 +298,7 @@ def main(
         done = run.state["step"]
         training.load(run.state)
         torch.set_rng_state(run.state["random"])
+    runs.not_below(done, train, "--train")
     with runs.progress(kind, train, done) as one:
         for step in range(done + 1, train + 1):
             some = torch.randperm(runs.TRAINING)[:batch]

@@ -66,6 +66,8 @@ class Run:
         rule, hint = "a checkpoint that an example wrote", "--fresh begins anew, --output elsewhere."
         try:
             kept = torch.load(self.file, weights_only=True)
+        except OSError as error:
+            raise expected("a file to read", "the checkpoint", self.file, ValueError, f"{error.strerror}.") from error
         except Exception as error:  # torch.load raises whatever the bytes lead it to
             raise expected(rule, "the file", self.file, ValueError, hint) from error
         if not isinstance(kept, dict) or set(kept) != {"settings", "state"} or "random" not in kept["state"]:
@@ -96,16 +98,16 @@ def folder_of(path: Path) -> Path:
     return path
 
 
+def not_below(done: int, asked: int, option: str) -> None:
+    """Refuse an option that asks for less than the run has done already."""
+    if asked < done:
+        rule = f"{option} of {done} or more, as many as the run has done"
+        raise expected(rule, option, asked, ValueError, "--fresh begins anew, --output elsewhere.")
+
+
 @contextmanager
 def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
-    """A bar on stderr; the function given counts one on and takes numbers to show, such as losses.
-
-    Raises:
-        ValueError: more is done than the total.
-    """
-    if done > total:
-        rule = f"a total of {done} or more, as many as the run has done"
-        raise expected(rule, "the total", total, ValueError, "--fresh begins anew, --output elsewhere.")
+    """A bar on stderr; the function given counts one on and takes numbers to show, such as losses."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=total, completed=done)

@@ -214,6 +214,7 @@ def main(
         done, noise = run.state["step"], run.state["noise"]
         training.load(run.state)
         torch.set_rng_state(run.state["random"])
+    runs.not_below(done, steps, "--steps")
     with runs.progress(model, steps, done) as one:
         for step in range(done + 1, steps + 1):
             one(**training.step(images[torch.randperm(len(images))[:batch]]))

@@ -3,7 +3,7 @@
 //
 //     S = scale * K Q^T + terms     one product per block and panel     [keys, lanes]
 //     m, l, O rescaled where the maximum grew; P = e^(S - m)
-//     l += sum P;  O += V^T P                 the other product                   [channels, lanes]
+//     l += sum P;  O += V^T P       the other product                   [channels, lanes]
 //
 // RelativeValue: P is summed by offset too, U, rescaled like O; out += U rel at the end. The second part of a pattern
 // goes on from the state of the first: O = out, m = lse, l = 1.
