@@ -69,8 +69,8 @@ cuda-check: build
 # less than ten minutes; what is left is done by the next call. The records are benchmarks/results/gpu.json and cuda.json,
 # copied to the folder OUT if the environment names one. Options: make gpu GPU_OPTIONS="--tests 500 --benchmark 0".
 gpu:
-	@$(PYTHON) -c "import torch, typer, rich, pytest, xdist" || { \
-	  echo "make gpu needs torch, typer, rich, pytest, pytest-xdist; name a Python that has them: make gpu PYTHON=..."; exit 1; }
+	@$(PYTHON) -c "import torch, setuptools, typer, rich, pytest, xdist" || { \
+	  echo "make gpu needs torch, setuptools, typer, rich, pytest, pytest-xdist; name a Python that has them: make gpu PYTHON=..."; exit 1; }
 	@$(PYTHON) -m benchmarks gpu $(GPU_OPTIONS)
 
 clean:

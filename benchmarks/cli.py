@@ -22,6 +22,7 @@ from benchmarks import (
     plot,
     products,
     providers,
+    releases,
     table,
     workloads,
 )
@@ -508,3 +509,28 @@ def products_command() -> None:
     for row in found["products"]:
         shown.add_row(f"{row['rows']}×{row['depth']}", *(f"{row[column]:.0f}" for column in products.COLUMNS))
     out.print(shown)
+
+
+@app.command("releases")
+def releases_command(
+    release: Annotated[list[str] | None, typer.Option(help="Releases such as 2.11.0; all otherwise.")] = None,
+    cuda: Annotated[bool, typer.Option(help="Build and link the CUDA part too.")] = False,
+    tests: Annotated[bool, typer.Option(help="Run the operators' tests.")] = True,
+) -> None:
+    """Build against torch's releases, each in its own environment in build/torch; writes results/releases.json."""
+    unknown = sorted(set(release or ()) - set(releases.RELEASES))
+    if unknown:
+        rule = f"--release to be of {', '.join(releases.RELEASES)}"
+        raise _fail(f"visattn: expected {rule}, but got --release={unknown[0]}")
+    failed = []
+    for one in release or releases.RELEASES:
+        try:
+            row = releases.tried(one, cuda, tests, lambda text: err.print(text, highlight=False))
+        except releases.UnreachableError as error:
+            raise _fail(error) from error
+        releases.write([row])
+        for name, step in row.steps.items():
+            print(f"torch {one}: {name}: {'' if step.passed else 'FAILS: '}{step.text}")
+            failed += [] if step.passed else [f"{one} {name}"]
+    if failed:
+        raise _fail(f"fails: {', '.join(failed)}")
