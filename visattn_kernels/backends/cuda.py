@@ -13,6 +13,7 @@ import torch
 
 from visattn_kernels.backends import parts
 from visattn_kernels.backends.cells import CELLS, KINDS, kinds
+from visattn_kernels.dynamo import constant
 from visattn_kernels.ops import FAMILIES, implement
 from visattn_kernels.patterns import Column, CrissCross, Global, Neighborhood, Pattern, Row
 from visattn_kernels.problem import Problem, tf32_products
@@ -37,7 +38,7 @@ def unavailable() -> list[str]:
     return [reason for reason in (_not_built(), _no_gpu()) if reason]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[misc]
+@constant
 def _not_built() -> str:
     """Why the kernels are not there, or nothing."""
     return parts.failure(parts.CUDA)
@@ -57,13 +58,13 @@ def has_code(gencode: str, capability: tuple[int, int]) -> bool:
     return False
 
 
-@torch.compiler.assume_constant_result  # type: ignore[misc]
+@constant
 def _no_gpu() -> str:
     """Why torch has no GPU for them, or nothing."""
     return "" if torch.cuda.is_available() else "torch sees no NVIDIA GPU"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[misc]
+@constant
 def _too_old() -> str:
     """Why the current GPU cannot, or nothing; asked of tensors on a GPU alone, since the question starts CUDA."""
     major, minor = torch.cuda.get_device_capability()
@@ -150,7 +151,7 @@ SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 22
 """KB of shared memory that a block may have, by compute capability; of another, as its neighbour below."""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[misc]
+@constant
 def _most_shared() -> int:
     """Bytes of shared memory of a block on the current GPU."""
     if emulate:
