@@ -244,13 +244,9 @@ def find(name: str) -> Workload:
     raise KeyError(f"no workload {name!r}; there are {', '.join(workload.name for workload in WORKLOADS)}")
 
 
-@cache
 def pairs(workload: Workload) -> int:
     """Pairs of a query and a key that it sees, per map and head; zeros outside the map are keys where they count."""
-    mask = workload.pattern.mask(workload.queries, workload.keys, outside=True)
-    if mask is None:
-        return positions(workload.queries) * positions(workload.keys)
-    return int(mask.sum())
+    return workload.pattern.pairs(workload.queries, workload.keys, outside=True)
 
 
 def positions(grid: Size) -> int:

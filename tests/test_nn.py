@@ -90,6 +90,12 @@ def test_autocast(row: Row) -> None:
 
 
 @each_row
+def test_parameters_can_be_sharded(row: Row) -> None:
+    """FSDP2 cuts the first dimension, and takes contiguous parameters alone; test_nn_sharded.py runs it."""
+    assert all(x.dim() and x.is_contiguous() for x in row.make().parameters())
+
+
+@each_row
 def test_no_copy_of_the_map(row: Row) -> None:
     module = ready(row, dtype=torch.float32)
     for x in maps(row, row.large, torch.float32)[:2]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from modules import Row, close, dense_attention, flat, maps, normal, ready
+from modules import Row, close, copied, dense_attention, flat, maps, normal, ready
 from nn_global import ROWS, masks_of, within
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -100,6 +100,40 @@ def test_new_layers_change_nothing():
         assert torch.equal(layer(x), x), layer
     assert not vn.OCNetBlock(16)(x).any()
     assert not torch.equal(vn.NonLocalBlock(16, zero_init=False)(x), x)
+
+
+FACTORS = {
+    "sigma": [vn.SAGANAttention(16)],
+    "gamma": [vn.DANetPositionAttention(16), vn.DANetChannelAttention(), vn.CrissCrossAttention(16)],
+}
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("name", FACTORS)
+def test_factors_that_were_scalars_load(name, assign):
+    """State dicts of both shapes, of the layer and of a model around it; one of two elements is refused."""
+    for layer in FACTORS[name]:
+        assert getattr(layer, name).shape == (1,)
+        model = nn.Sequential(nn.Identity(), copied(layer))
+        for shape in ((), (1,)):
+            state = {**layer.state_dict(), name: torch.full(shape, 0.7)}
+            model[1].load_state_dict(state, assign=assign)
+            assert getattr(model[1], name).tolist() == [pytest.approx(0.7)]
+            model.load_state_dict({f"1.{key}": x * 2 for key, x in state.items()}, assign=assign)
+            assert getattr(model[1], name).tolist() == [pytest.approx(1.4)]
+            assert state[name].shape == shape
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            layer.load_state_dict({**layer.state_dict(), name: torch.zeros(2)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_factors_do_not_widen(dtype):
+    """A factor of float32 beside a map of 16 bits, as a model in 16 bits or under autocast has it."""
+    x = normal(1, 16, 4, 4, dtype=dtype)
+    assert vn.DANetChannelAttention()(x).dtype == dtype
+    for layer in (vn.SAGANAttention(16), vn.DANetPositionAttention(16), vn.CrissCrossAttention(16)):
+        with torch.autocast("cpu", dtype):
+            assert layer(x).dtype == dtype
 
 
 def test_dropout_is_of_training():
@@ -437,7 +471,9 @@ THEIRS = {
 def test_translated_by_names(name):
     channels, make, forward, ours = THEIRS[name]
     theirs, ours = ready(Row(name, make, forward)), ours().double().eval()
-    ours.load_state_dict(type(ours).translate(theirs.state_dict()))
+    state = type(ours).translate(theirs.state_dict())
+    assert all(x.is_contiguous() for x in state.values())  # as safetensors and FSDP2 want them
+    ours.load_state_dict(state)
     for size in ((4, 6), (5, 7)):
         x = normal(2, channels, *size)
         close({"out": ours(x).detach()}, {"out": forward(theirs, x).detach()})
@@ -446,14 +482,17 @@ def test_translated_by_names(name):
 def test_translated_gammas():
     """Of the layers whose weights have the names of others here: CCNet's, mmcv's, and the channels' of DANet."""
     state = three(16, 2).double().state_dict()
+    for shape in ((), (1,)):
+        for ours in (vn.CrissCrossAttention(16).double(), vn.DANetPositionAttention(16).double()):
+            ours.load_state_dict(ours.translate({**state, "gamma": torch.full(shape, 2.0)}))
+            assert ours.gamma.tolist() == [2]
+        channels = vn.DANetChannelAttention()
+        channels.load_state_dict(channels.translate({"gamma": torch.full(shape, 0.5)}))
+        assert channels.gamma.tolist() == [0.5]
     ours = vn.CrissCrossAttention(16).double()
+    state["gamma.scale"] = state.pop("gamma")[0] + 3
     ours.load_state_dict(ours.translate(state))
-    state["gamma.scale"] = state.pop("gamma")[0] + 2
-    ours.load_state_dict(ours.translate(state))
-    assert ours.gamma.item() == 2
-    channels = vn.DANetChannelAttention()
-    channels.load_state_dict(channels.translate({"gamma": torch.tensor([0.5])}))
-    assert channels.gamma.item() == 0.5
+    assert ours.gamma.tolist() == [3]
     with pytest.raises(ValueError, match="expected a state dict with the entries"):
         channels.translate(state)
 
@@ -465,15 +504,16 @@ SAGAN_NAMES = {
 }
 
 
+@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
 @pytest.mark.parametrize("which", SAGAN_NAMES)
-def test_sagan_of_others(which: str) -> None:
-    """Their names, and gammas of shape [1]."""
+def test_sagan_of_others(which: str, shape: tuple[int, ...]) -> None:
+    """Their names, and gammas of no dimension and of one."""
     options = {"pool": 1, "bias": True, "project": False} if which == "tutorial" else {}
     ours = ready(Row("sagan", lambda: vn.SAGANAttention(8, **options), None))
     theirs = {}
     for name, x in ours.state_dict().items():
         layer, dot, rest = name.partition(".")
-        theirs[SAGAN_NAMES[which].get(layer, layer) + dot + rest] = x.reshape(1) if layer == "sigma" else x
+        theirs[SAGAN_NAMES[which].get(layer, layer) + dot + rest] = x.reshape(shape) if layer == "sigma" else x
     fresh = vn.SAGANAttention(8, **options).double()
     fresh.load_state_dict(vn.SAGANAttention.translate(theirs))
     x = normal(1, 8, 4, 6)

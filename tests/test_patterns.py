@@ -56,6 +56,12 @@ def test_mask_offsets_and_reach(pattern: Pattern) -> None:
                 assert abs(dy) < reach[0]
                 assert abs(dx) < reach[1]
         inside = slice(top, top + grid.height), slice(left, left + grid.width)
+        inside = slice(top, top + grid.height), slice(left, left + grid.width)
+        for outside, seen in ((True, true), (False, true[..., inside[0], inside[1]])):
+            assert pattern.pairs(grid, grid, outside) == seen.sum()
+            for axis in (0, 1):
+                together = seen.any(3 - axis).any(1 - axis).sum()  # positions of this axis, whatever those of the other
+                assert pattern.count(axis, grid[axis], grid[axis], outside) == together
         mask = pattern.mask(grid, grid)
         if mask is None:
             assert true.all()
@@ -128,6 +134,7 @@ def test_the_pattern_of_the_documentation(monkeypatch: pytest.MonkeyPatch) -> No
     mask = stripes(2).mask(Size(5, 3), Size(5, 3))
     assert mask[4, 1].any(1).tolist() == [False] * 4 + [True]
     assert mask[2, 0].sum(1).tolist() == [0, 0, 3, 3, 0]
+    assert stripes(2).pairs(Size(5, 3), Size(5, 3)) == mask.sum()
     monkeypatch.setattr(module, "PATTERN_KINDS", (*PATTERN_KINDS, "Stripes"))
     assert dict(zip(PATTERN_FIELDS, stripes(2).encode(), strict=True))["size_h"] == 2
     for wrong, kind in ((0, ValueError), (2**31, ValueError), ((1, 2), TypeError), (True, TypeError)):

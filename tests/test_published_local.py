@@ -30,6 +30,7 @@ def random_state(module: nn.Module) -> nn.Module:
 
 def hold(theirs, ours: nn.Module, state: dict[str, torch.Tensor], x: torch.Tensor, rtol: float = 1e-9) -> None:
     """Load the whole of a translated state dict and compare results, and the gradients of the map."""
+    assert all(x.is_contiguous() for x in state.values())  # as safetensors and FSDP2 want them
     ours.double().load_state_dict(state)
     results = []
     for forward in (theirs, ours):

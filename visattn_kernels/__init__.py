@@ -1,5 +1,6 @@
 """Memory-efficient attention for two-dimensional feature maps."""
 
+from visattn_kernels import flops as _flops
 from visattn_kernels.attention import (
     attention,
     attention_map,
@@ -35,3 +36,5 @@ __all__ = [
     "heads_last",
     "merge",
 ]
+
+_flops.register()

@@ -90,8 +90,24 @@ class Pattern(ABC):
         """
 
     @abstractmethod
+    def count(self, axis: int, queries: int, keys: int, outside: bool = False) -> int:
+        """How many pairs of positions on one axis a query and a key that it sees can have, in closed form.
+
+        For a product of two rules that is the sum of `sees`.
+
+        Args:
+            axis: 0 for the height, 1 for the width.
+            queries, keys: the lengths of the axis.
+            outside: whether positions around the key grid count.
+        """
+
+    @abstractmethod
     def encode(self) -> list[int]:
         """The pattern as integers, in the order of `PATTERN_FIELDS`."""
+
+    def pairs(self, queries: Size, keys: Size, outside: bool = False) -> int:
+        """How many pairs of a query and a key that it sees there are: the sum of the mask."""
+        return self.count(0, queries[0], keys[0], outside) * self.count(1, queries[1], keys[1], outside)
 
     def stride(self, queries: Size) -> Pair:
         """The distance of neighbouring keys, which is the unit of offsets."""
@@ -160,6 +176,18 @@ def _both(value: int | Pair) -> Pair:
     return (value, value) if isinstance(value, int) else value
 
 
+def _squares(length: int, classes: int) -> int:
+    """The sum of the squares of the sizes of this many classes of residues."""
+    least, longer = divmod(length, classes)
+    return longer * (least + 1) ** 2 + (classes - longer) * least**2
+
+
+def _beside(length: int, span: int) -> int:
+    """How many of the `span` positions to one side each position of an axis has, summed over all."""
+    span = max(min(span, length - 1), 0)
+    return span * length - span * (span + 1) // 2
+
+
 def _set(pattern: Pattern, **fields: object) -> None:
     """Write normalised fields of a frozen dataclass at construction."""
     for name, value in fields.items():
@@ -183,6 +211,10 @@ class Global(Pattern):
     def sees(self, axis: int, length: int, y: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """Every key."""
         return (y == y) & (k == k)
+
+    def count(self, axis: int, queries: int, keys: int, outside: bool = False) -> int:
+        """All."""
+        return queries * keys
 
     def mask(
         self, queries: Size, keys: Size, device: torch.device | None = None, outside: bool = False
@@ -227,6 +259,13 @@ class Window(Pattern):
         size, shift = (_both(x)[axis] for x in (self.window_size, self.shift))
         return (y - shift) // size == (k - shift) // size
 
+    def count(self, axis: int, queries: int, keys: int, outside: bool = False) -> int:
+        """The squares of the cells: the first, which the shift cuts off, whole ones, and the rest."""
+        size, shift = (_both(x)[axis] for x in (self.window_size, self.shift))
+        first = min(shift, keys)
+        whole, rest = divmod(keys - first, size)
+        return first**2 + whole * size**2 + rest**2
+
     def encode(self) -> list[int]:
         """The pattern as integers."""
         (h, w), (shift_h, shift_w) = _both(self.window_size), _both(self.shift)
@@ -262,6 +301,10 @@ class Grid(Pattern):
         """The keys of the query's residue."""
         stride = self.stride(Size(length, length))[axis]
         return y % stride == k % stride
+
+    def count(self, axis: int, queries: int, keys: int, outside: bool = False) -> int:
+        """The squares of the residues' classes."""
+        return _squares(keys, self.stride(Size(keys, keys))[axis])
 
     def encode(self) -> list[int]:
         """The pattern as integers."""
@@ -358,6 +401,17 @@ class Neighborhood(Pattern):
         index = k // dilation - start
         return (y % dilation == k % dilation) & (index >= 0) & (index < kernel)
 
+    def count(self, axis: int, queries: int, keys: int, outside: bool = False) -> int:
+        """Those of each class: K for each query, less what lies beyond the border."""
+        kernel, dilation, first = self._axis(axis)
+        if (outside and self.border == "zero") or (self.border == "shift" and not self._causal(axis)):
+            return keys * kernel
+        least, longer = divmod(keys, dilation)
+        return keys + sum(
+            number * (_beside(length, -first) + _beside(length, first + kernel - 1))
+            for number, length in ((longer, least + 1), (dilation - longer, least))
+        )
+
     def encode(self) -> list[int]:
         """The pattern as integers."""
         (h, step_h, _), (w, step_w, _) = self._axis(0), self._axis(1)
@@ -416,6 +470,10 @@ class Row(Pattern):
         """The same row; in it, the keys of the span."""
         return y == k if axis == 0 else (k - y).abs() <= (self.span // 2 if self.span else length)
 
+    def count(self, axis: int, queries: int, keys: int, outside: bool = False) -> int:
+        """Each position with itself; along the axis, with those of the span."""
+        return keys if axis == 0 else keys + 2 * _beside(keys, self.span // 2 if self.span else keys)
+
     def encode(self) -> list[int]:
         """The pattern as integers."""
         return encoded("Row", size_w=self.span or 0)
@@ -442,6 +500,10 @@ class Column(Pattern):
         """The same column; in it, the keys of the span."""
         return y == k if axis == 1 else (k - y).abs() <= (self.span // 2 if self.span else length)
 
+    def count(self, axis: int, queries: int, keys: int, outside: bool = False) -> int:
+        """Each position with itself; along the axis, with those of the span."""
+        return keys if axis == 1 else keys + 2 * _beside(keys, self.span // 2 if self.span else keys)
+
     def encode(self) -> list[int]:
         """The pattern as integers."""
         return encoded("Column", size_h=self.span or 0)
@@ -461,6 +523,14 @@ class CrissCross(Pattern):
     def sees(self, axis: int, length: int, y: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """The same position on this axis: enough if either axis says so."""
         return y == k
+
+    def count(self, axis: int, queries: int, keys: int, outside: bool = False) -> int:
+        """All, since a query's own row or column has every position of an axis."""
+        return queries * keys
+
+    def pairs(self, queries: Size, keys: Size, outside: bool = False) -> int:
+        """H + W - 1 keys for each query."""
+        return queries[0] * queries[1] * (keys[0] + keys[1] - 1)
 
     def mask(
         self, queries: Size, keys: Size, device: torch.device | None = None, outside: bool = False

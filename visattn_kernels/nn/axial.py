@@ -223,8 +223,9 @@ class AxialAttention(nn.Module):
         relative = ours.pop("relative").T  # [2K-1, 2 * Dv]
         width = relative.shape[1] // 4
         q, k, v = torch.split(relative, [width, width, 2 * width], 1)
+        tables = {"relative_query": q.flip(0), "relative_key": k, "relative_value": v.flip(0)}
         ours["qkv.weight"] = as_convolution(ours["qkv.weight"])
-        return {**ours, "relative_query": q.flip(0), "relative_key": k.clone(), "relative_value": v.flip(0)}
+        return {**ours, **{name: x.clone(memory_format=torch.contiguous_format) for name, x in tables.items()}}
 
     def extra_repr(self) -> str:
         """What is not seen in the parts."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from visattn_kernels.attention import attention, attention_map, channels_first, heads_last
-from visattn_kernels.nn.common import count, image, renamed
+from visattn_kernels.nn.common import count, image, renamed, scaled, zero_factor
 from visattn_kernels.patterns import CrissCross
 
 _PATTERN = CrissCross()
@@ -61,7 +61,7 @@ class CrissCrossAttention(nn.Module):
         self.query = nn.Conv2d(channels, keys, 1, bias=bias)
         self.key = nn.Conv2d(channels, keys, 1, bias=bias)
         self.value = nn.Conv2d(channels, channels, 1, bias=bias)
-        self.gamma = nn.Parameter(torch.zeros(()))
+        self.gamma = zero_factor(self, "gamma")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The map and what its positions gathered."""
@@ -70,7 +70,7 @@ class CrissCrossAttention(nn.Module):
     def _after(self, x: torch.Tensor, times: int) -> torch.Tensor:
         for _ in range(times):
             q, k, v = heads_last(self.query(x)), heads_last(self.key(x)), heads_last(self.value(x))
-            x = x + self.gamma * channels_first(attention(q, k, v, _PATTERN, scale=1.0, backend=self.backend))
+            x = x + scaled(self.gamma, channels_first(attention(q, k, v, _PATTERN, scale=1.0, backend=self.backend)))
         return x
 
     def attention_map(self, x: torch.Tensor, at: Sequence[tuple[int, int]] | torch.Tensor) -> torch.Tensor:
@@ -90,7 +90,7 @@ class CrissCrossAttention(nn.Module):
         `PixelwiseAttention` at first) and mmcv's, whose gamma is a layer with a scale.
         """
         ours = renamed(state, _NAMES, ("gamma",))
-        return {**ours, "gamma": ours["gamma"].reshape(())}
+        return {**ours, "gamma": ours["gamma"].reshape(1)}
 
     def extra_repr(self) -> str:
         """How many times."""

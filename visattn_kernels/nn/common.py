@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,6 +59,28 @@ def choice(value: object, argument: str, options: tuple[str, ...]) -> str:
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """The context in which dtypes are what they are, on any device, tensors without numbers (meta) included."""
     return torch.autocast(device.type, enabled=False) if device.type != "meta" else nullcontext()
+
+
+def zero_factor(module: nn.Module, name: str) -> nn.Parameter:
+    """A new factor of a module, which starts at 0, to be set as its attribute `name`.
+
+    It is a vector of one element, since FSDP2 (`fully_shard`) takes no scalars. State dicts that have it as a scalar
+    load too.
+    """
+    module.register_load_state_dict_pre_hook(partial(_as_vector, name))  # type: ignore[no-untyped-call]
+    return nn.Parameter(torch.zeros(1))
+
+
+def _as_vector(name: str, module: nn.Module, state: dict[str, Any], prefix: str, *rest: object) -> None:
+    """The hook that `zero_factor` registers."""
+    value = state.get(prefix + name)
+    if isinstance(value, torch.Tensor) and value.dim() == 0:
+        state[prefix + name] = value.reshape(1)
+
+
+def scaled(factor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`factor * x` in the dtype of x, as a factor without dimensions gives it."""
+    return factor.to(x.dtype) * x
 
 
 def pooled(x: torch.Tensor, factor: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from visattn_kernels.attention import attention, attention_map, channels_first, heads_last
-from visattn_kernels.nn.common import count, image, renamed, without_autocast
+from visattn_kernels.nn.common import count, image, renamed, scaled, without_autocast, zero_factor
 
 
 class DANetPositionAttention(nn.Module):
@@ -49,13 +49,13 @@ class DANetPositionAttention(nn.Module):
         self.query = nn.Conv2d(channels, keys, 1, bias=bias)
         self.key = nn.Conv2d(channels, keys, 1, bias=bias)
         self.value = nn.Conv2d(channels, channels, 1, bias=bias)
-        self.gamma = nn.Parameter(torch.zeros(()))
+        self.gamma = zero_factor(self, "gamma")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The map and what its positions gathered."""
         x = image(x, self.channels)
         q, k, v = heads_last(self.query(x)), heads_last(self.key(x)), heads_last(self.value(x))
-        return x + self.gamma * channels_first(attention(q, k, v, scale=1.0, backend=self.backend))
+        return x + scaled(self.gamma, channels_first(attention(q, k, v, scale=1.0, backend=self.backend)))
 
     def attention_map(self, x: torch.Tensor, at: Sequence[tuple[int, int]] | torch.Tensor) -> torch.Tensor:
         """The map's rows of the positions `at`, points (y, x): `[B, len(at), H, W]`, float32.
@@ -72,7 +72,7 @@ class DANetPositionAttention(nn.Module):
         ours = renamed(
             state, {"query_conv": "query", "key_conv": "key", "value_conv": "value", "gamma": "gamma"}, ("gamma",)
         )
-        return {**ours, "gamma": ours["gamma"].reshape(())}
+        return {**ours, "gamma": ours["gamma"].reshape(1)}
 
 
 class DANetChannelAttention(nn.Module):
@@ -103,12 +103,12 @@ class DANetChannelAttention(nn.Module):
     def __init__(self, *, subtract: bool = True) -> None:
         super().__init__()
         self.subtract = subtract
-        self.gamma = nn.Parameter(torch.zeros(()))
+        self.gamma = zero_factor(self, "gamma")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The map and what its channels gathered."""
         weights = self.channel_map(x)
-        return x + self.gamma * (weights @ x.flatten(2)).reshape(x.shape)
+        return x + scaled(self.gamma, (weights @ x.flatten(2)).reshape(x.shape))
 
     def channel_map(self, x: torch.Tensor) -> torch.Tensor:
         """How much each channel looks at each: `[B, C, C]`, rows sum to 1."""
@@ -122,7 +122,7 @@ class DANetChannelAttention(nn.Module):
     @staticmethod
     def translate(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Our state dict of that of the authors' `CAM_Module` (gamma)."""
-        return {"gamma": renamed(state, {"gamma": "gamma"}, ("gamma",))["gamma"].reshape(())}
+        return {"gamma": renamed(state, {"gamma": "gamma"}, ("gamma",))["gamma"].reshape(1)}
 
     def extra_repr(self) -> str:
         """Whether it subtracts."""

@@ -10,7 +10,7 @@ from torch.nn.utils.parametrizations import spectral_norm as with_spectral_norm
 
 from visattn_kernels.attention import attention, attention_map, channels_first, heads_last
 from visattn_kernels.errors import expected
-from visattn_kernels.nn.common import choice, count, image, pooled, renamed
+from visattn_kernels.nn.common import choice, count, image, pooled, renamed, scaled, zero_factor
 
 
 class SAGANAttention(nn.Module):
@@ -79,14 +79,14 @@ class SAGANAttention(nn.Module):
         self.key = wrap(nn.Conv2d(channels, keys, 1, bias=bias))
         self.value = wrap(nn.Conv2d(channels, values, 1, bias=bias))
         self.project = wrap(nn.Conv2d(values, channels, 1, bias=bias)) if project else None
-        self.sigma = nn.Parameter(torch.zeros(()))
+        self.sigma = zero_factor(self, "sigma")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The map and what its positions gathered."""
         q, k = self._query_and_key(image(x, self.channels))
         v = heads_last(pooled(self.value(x), self.pool))
         out = channels_first(attention(q, k, v, scale=1.0, backend=self.backend))
-        return x + self.sigma * (out if self.project is None else self.project(out))
+        return x + scaled(self.sigma, out if self.project is None else self.project(out))
 
     def attention_map(self, x: torch.Tensor, at: Sequence[tuple[int, int]] | torch.Tensor) -> torch.Tensor:
         """The map's rows of the positions `at`, points (y, x): `[B, len(at), H // pool, W // pool]`, float32.
@@ -119,7 +119,7 @@ class SAGANAttention(nn.Module):
             u = nn.functional.normalize(weight.flatten(1) @ v, dim=0)  # theirs steps in evaluation too: |W v| is u W v
             del ours[f"{layer}.sv0"]
             ours |= {f"{layer}{place}": x for place, x in zip(_SPECTRAL.values(), (weight, u, v), strict=True)}
-        return {**ours, "sigma": ours["sigma"].reshape(())}
+        return {**ours, "sigma": ours["sigma"].reshape(1)}
 
     def extra_repr(self) -> str:
         """What is not seen in the convolutions."""
