@@ -80,7 +80,7 @@ def _too_old() -> str:
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[misc]
+@constant
 def _widths() -> tuple[tuple[int, int], ...]:
     """D and Dv of the kernels that were compiled; where none were, of all that can be."""
     if emulate or _not_built():
