@@ -31,7 +31,7 @@ def copy_source(to: Path) -> Path:
         shutil.copytree(built, to / "build" / built.name)
     for name in ("csrc", "visattn_kernels"):
         shutil.copytree(ROOT / name, to / name, ignore=ignore)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("visattn_cli.py", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, to)
     return to
 
