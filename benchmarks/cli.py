@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -393,7 +394,7 @@ def list_command(
             for which in PASSES:
                 for provider in providers.PROVIDERS:
                     reasons = provider.reasons(Case(chosen, dtype, device), which)
-                    shown.add_row(provider.name, dtype, which, "; ".join(reasons) or "[green]yes[/]")
+                    shown.add_row(provider.name, dtype, which, escape("; ".join(reasons)) or "[green]yes[/]")
         out.print(shown)
         return
     shown = _table("workload", "queries", "keys", "heads", "D/Dv", "GPU", "CPU", "pattern and terms")
@@ -408,7 +409,7 @@ def list_command(
     has_cuda = torch.cuda.is_available()
     for provider in providers.PROVIDERS:
         cuda = provider.unavailable("cuda") if has_cuda else ["no CUDA device"]
-        states = ["; ".join(reasons) or "[green]yes[/]" for reasons in (provider.unavailable("cpu"), cuda)]
+        states = [escape("; ".join(reasons)) or "[green]yes[/]" for reasons in (provider.unavailable("cpu"), cuda)]
         shown.add_row(provider.name, *states, provider.about)
     out.print(shown)
 

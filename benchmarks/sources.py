@@ -19,7 +19,15 @@ def copy_source(to: Path) -> Path:
         shutil.copytree(built, to / "build" / built.name, dirs_exist_ok=True)
     for name in ("csrc", "visattn_kernels"):
         shutil.copytree(ROOT / name, to / name, ignore=ignore, dirs_exist_ok=True)
-    for name in ("setup.py", "setup_cuda.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+    for name in (
+        "setup.py",
+        "setup_cuda.py",
+        "visattn_cli.py",
+        "pyproject.toml",
+        "MANIFEST.in",
+        "README.md",
+        "LICENSE",
+    ):
         shutil.copy(ROOT / name, to)
     return to
 

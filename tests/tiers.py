@@ -129,7 +129,9 @@ def _sources() -> Iterator[Path]:
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh", ".json"):
                 yield path
-    yield from (ROOT / name for name in ("setup.py", "setup_cuda.py", "pyproject.toml", "requirements.txt"))
+    yield from (
+        ROOT / name for name in ("setup.py", "setup_cuda.py", "visattn_cli.py", "pyproject.toml", "requirements.txt")
+    )
 
 
 def select(config: pytest.Config, items: list[pytest.Item]) -> None:

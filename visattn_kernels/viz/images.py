@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from visattn_cli import printable
 from visattn_kernels.errors import expected
 from visattn_kernels.viz.exits import InputError, MissingError
 
@@ -58,7 +59,7 @@ class Picture:
     """A picture and where it came from.
 
     Attributes:
-        name: the file's name, for a person.
+        name: the file's name as one line of letters, for a person.
         colours (Tensor[H, W, 3]): float32 in [0, 1].
         stored: width and height of the file, upright.
     """
@@ -305,4 +306,4 @@ def _picture(name: str, image: Image.Image, stored: tuple[int, int], size: tuple
         levels /= 255
     else:
         levels = np.repeat(levels[:, :, None], 3, axis=2)
-    return Picture(name, torch.from_numpy(levels).clamp_(0, 1), stored)
+    return Picture(printable(name), torch.from_numpy(levels).clamp_(0, 1), stored)
