@@ -14,6 +14,7 @@ import torch
 
 import visattn_cli
 from visattn_kernels import backends
+from visattn_kernels.backends import parts
 from visattn_kernels.version import __version__
 from visattn_kernels.viz import machine
 
@@ -197,31 +198,31 @@ def test_info_as_json(capsys):
     assert bool(facts["processor"]["engine_uses"]) != bool(facts["processor"]["engine_reason"])
 
 
-@pytest.mark.skipif(bool(backends.cpu.unavailable()), reason="the extension is not there")
 def test_info_names_what_the_cuda_kernels_were_compiled_for(monkeypatch, capsys):
-    import visattn_kernels._C
-
     flags = "".join(f" -gencode arch=compute_{x[-3:].strip('_')},code={x}" for x in ("sm_80", "sm_90a", "compute_120"))
-    monkeypatch.setattr(visattn_kernels._C, "cuda", lambda: (True, flags.strip()))
+    monkeypatch.setattr(parts, "failure", lambda part: "")
+    monkeypatch.setattr(parts, "built_cuda", lambda: (flags.strip(), ((8, 8),)))
     assert json.loads(run(capsys, "info", "--json")[1])["cuda_kernels"] == {
         "architectures": ["sm_80", "sm_90a", "compute_120"],
         "reason": "",
     }
     assert "our kernels compiled for sm_80 sm_90a compute_120 " in " ".join(run(capsys, "info")[1].split())
-    monkeypatch.setattr(visattn_kernels._C, "cuda", lambda: (False, "there was no toolkit"))
-    assert "our kernels not built: there was no toolkit " in " ".join(run(capsys, "info")[1].split())
+    monkeypatch.setattr(parts, "failure", lambda part: "the CUDA kernels were not built: no toolkit")
+    text = " ".join(run(capsys, "info")[1].split())
+    assert "our kernels the CUDA kernels were not built: no toolkit " in text
 
 
 def test_info_says_what_is_missing(monkeypatch, capsys):
     engine = backends.Backend("cpu", "", lambda: ["no compiler"], lambda problem: [])
     monkeypatch.setattr(backends, "REGISTRY", (engine, backends.REGISTRY[-1]))
     monkeypatch.setattr(backends.cpu, "unavailable", engine.unavailable)
+    monkeypatch.setattr(parts, "failure", lambda part: "no compiler")
     monkeypatch.setattr(machine, "_version", lambda name: None if name in ("pillow", "triton") else "1.0")
     text = " ".join(run(capsys, "info")[1].split())
     for part in (
         "cpu not available: no compiler",
         "engine uses nothing: no compiler",
-        "our kernels not built: no compiler",
+        "our kernels no compiler",
         "C++ engine no compiler",
         "triton not installed",
         "pillow: pip install 'visattn_kernels[viz]'",

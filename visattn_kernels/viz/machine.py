@@ -13,6 +13,7 @@ import torch
 
 from visattn_cli import EXTRA
 from visattn_kernels import backends
+from visattn_kernels.backends import parts
 from visattn_kernels.version import __version__
 
 LIBRARIES = ("triton", "numpy")
@@ -65,7 +66,7 @@ def describe(facts: dict[str, Any]) -> str:
         },
         "CUDA": {
             "torch's": torch_["cuda"] or "none: this torch was built without it",
-            "our kernels": f"compiled for {architectures}" if architectures else f"not built: {kernels['reason']}",
+            "our kernels": f"compiled for {architectures}" if architectures else kernels["reason"],
         },
         "Backends": {
             name: f"available: {backend['about']}"
@@ -112,12 +113,9 @@ def _processor() -> dict[str, Any]:
 
 def _cuda_kernels() -> dict[str, Any]:
     """What the CUDA kernels were compiled for, machine code (sm_) and PTX (compute_), or why they were not built."""
-    if failure := backends.cpu.unavailable():
-        return {"architectures": [], "reason": "; ".join(failure)}
-    import visattn_kernels._C
-
-    built, text = visattn_kernels._C.cuda()
-    return {"architectures": re.findall(r"code=(\w+)", text) if built else [], "reason": "" if built else text}
+    if failure := parts.failure(parts.CUDA):
+        return {"architectures": [], "reason": failure}
+    return {"architectures": re.findall(r"code=(\w+)", parts.built_cuda()[0]), "reason": ""}
 
 
 def _cpuinfo() -> tuple[str, set[str]]:
