@@ -201,6 +201,7 @@ def test_attend_writes_a_pdf_of_four_pages(folder, photo):
     assert [path.name for path in folder.iterdir()] == ["out.PDF"]
 
 
+@pytest.mark.fast
 def test_map_writes_a_png(folder):
     result = visattn("map", "--sample", "flower", *SMALL, "--at", "0,0", "--at", "15,23")
     assert result.exit_code == 0, result.output

@@ -26,6 +26,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.id)
 def test_opcheck(case: Case, dtype: torch.dtype) -> None:
@@ -51,6 +52,7 @@ LOCAL = [
 ]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", LOCAL, ids=lambda case: case.id)
 def test_opcheck_of_patterns_and_terms(case: Case, dtype: torch.dtype) -> None:
