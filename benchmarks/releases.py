@@ -243,7 +243,7 @@ def _linked(python: Path, source: Path, cuda: str) -> Step:
     told = _run([str(python), "-m", "visattn_kernels", "info"], source)
     if told.returncode != 0 or "sm_90" not in told.stdout:
         return Step(False, f"info does not tell of the kernels: {_last(told)}")
-    tests = [str(ROOT / "tests" / "gpu"), "--collect-only", "-q", "-c", str(ROOT / "pyproject.toml")]
+    tests = [str(ROOT / "tests" / "gpu"), "--collect-only", "-c", str(ROOT / "pyproject.toml")]
     collected = _run(
         [str(python), "-m", "pytest", "-p", "no:cacheprovider", "-p", "gpu.schedule", *tests],
         source,
