@@ -16,7 +16,8 @@ import signal
 import sys
 import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -40,12 +41,13 @@ INTERRUPTION = "visattn: interrupted, nothing was written"
 """What is said then."""
 
 _interrupted = False
+_careful = 0
 
 
 def main() -> NoReturn:
     """Run the command line and exit: 0 done, 1 something is missing or full, 2 bad input, 130 interrupted."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt)
+        signal.signal(signal.SIGINT, _interrupt)  # not where it is ignored, as under nohup
     # A terminal that lacks × or ᵖ shows a question mark rather than a traceback.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
@@ -55,18 +57,14 @@ def main() -> NoReturn:
         except SystemExit as end:  # of argparse: the help, the version, or a refusal
             status = int(end.code or 0)
         sys.stdout.flush()
-        if status == 0:
-            settle()
+        settle()
     except OSError as error:  # the output of this process is full or gone
         print(f"visattn: {error}", file=sys.stderr)
         # Python writes what is left of it when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
-    except BaseException as error:
-        # Out of the start of a library, an interrupt may come as an error of another kind.
-        if not (_interrupted or isinstance(error, KeyboardInterrupt)):
-            raise
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except KeyboardInterrupt:
+        settle()
         print(INTERRUPTION, file=sys.stderr)
         status = INTERRUPTED
     sys.exit(status)
@@ -74,6 +72,8 @@ def main() -> NoReturn:
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command line, and return its exit code or raise SystemExit with it."""
+    # torch warns where there is no numpy, of which we have words of our own.
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     if arguments and arguments[0] in PICTURES:
         return _draw(arguments)
     parser = _parser()
@@ -81,8 +81,7 @@ def run(arguments: Sequence[str]) -> int:
     if asked.command != "info":
         parser.print_help()
         return 0
-    # Without numpy, which is named as not installed, torch warns of it.
-    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+    # Here, since it imports torch.
     from visattn_kernels.viz import machine
 
     facts = machine.facts()
@@ -112,7 +111,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> _Parser:
     """The command line without what draws, of which it knows the names."""
-    epilog = f"{', '.join(PICTURES)} need more than the library: {EXTRA}. visattn COMMAND --help tells what each takes."
+    epilog = f"Those that draw need more than the library: {EXTRA}. visattn COMMAND --help tells what each takes."
     parser = _Parser("visattn", description=ABOUT, epilog=epilog, allow_abbrev=False)
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
@@ -158,16 +157,38 @@ def _decoded(bytes_: re.Match[str]) -> str:
     return bytes_[0].encode("ascii", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _interrupt(*_: Any) -> NoReturn:
-    """Raise KeyboardInterrupt on Ctrl-C, and remember it: it may be lost where a library of C++ calls Python."""
+def _interrupt(*_: Any) -> None:
+    """End at once on Ctrl-C, or where a careful block must be left first, raise KeyboardInterrupt.
+
+    An exception that comes out of nowhere does not reach us from everywhere: raised while a library of C++ starts, it
+    was lost, printed as a traceback, or brought the process down.
+    """
     global _interrupted
     _interrupted = True
-    raise KeyboardInterrupt
+    if _careful:
+        raise KeyboardInterrupt
+    os.write(2, f"{INTERRUPTION}\n".encode())
+    os._exit(INTERRUPTED)
+
+
+@contextmanager
+def careful() -> Iterator[None]:
+    """A block with something to undo, such as a hidden cursor or a file of its own: Ctrl-C raises KeyboardInterrupt."""
+    global _careful
+    _careful += 1
+    try:
+        yield
+    except Exception as error:
+        if _interrupted:  # and this is what has become of it
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        _careful -= 1
+    if _interrupted:  # and what was raised has been lost
+        raise KeyboardInterrupt
 
 
 def settle() -> None:
-    """End here if an interrupt was lost; from here on none is taken, so that what is said to be done was done."""
+    """Take no interrupt from here on, so that what is said to be done is what was done."""
     if signal.getsignal(signal.SIGINT) is _interrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if _interrupted:
-        raise KeyboardInterrupt

@@ -340,17 +340,19 @@ sys.meta_path.insert(0, Interrupt())
     assert list(folder.iterdir()) == []
 
 
-def test_ctrl_c_that_is_lost_in_the_last_moment(folder, photo):
-    before = f"""
-from visattn_kernels.viz import output
-def png_bytes(figure):
-    exec({LOSE!r})
-    return b"a picture"
-output.png_bytes = png_bytes
-"""
-    done = command("map", photo, "--at", "3,3", before=before)
-    assert (done.returncode, done.stderr) == (130, "visattn: interrupted, nothing was written\n")
-    assert list(folder.iterdir()) == []
+@pytest.mark.parametrize("becomes", [None, KeyboardInterrupt, SystemError], ids=["lost", "raised", "changed"])
+def test_ctrl_c_in_a_careful_block(monkeypatch, becomes):
+    monkeypatch.setattr(visattn_cli, "_interrupted", False)
+    with pytest.raises(KeyboardInterrupt), visattn_cli.careful():  # noqa: PT012
+        try:
+            visattn_cli._interrupt()
+        except KeyboardInterrupt:
+            if becomes:
+                raise becomes from None
+    monkeypatch.setattr(visattn_cli, "_interrupted", False)
+    with pytest.raises(SystemError), visattn_cli.careful():
+        raise SystemError
+    assert visattn_cli._careful == 0
 
 
 def test_ctrl_c_while_it_computes(folder, photo):
@@ -365,6 +367,32 @@ compute.attention = attention
     done = command("attend", photo, before=before)
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr == "visattn: interrupted, nothing was written\n"
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="this system has no pseudo-terminals")
+def test_ctrl_c_leaves_the_terminal_as_it_was(folder, photo):
+    """The bar hides the cursor."""
+    script = f"""
+import os, signal, sys
+from visattn_cli import main
+from visattn_kernels.viz import compute
+def attention(*arguments, **options):
+    {SEND}
+compute.attention = attention
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv = ["visattn", "attend", {str(photo)!r}]
+main()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "TERM": "xterm"}
+    outer, inner = os.openpty()
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, stdout=inner, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(inner)
+    shown = os.read(outer, 1 << 16).decode()
+    os.close(outer)
+    assert (done.returncode, done.stderr) == (130, "visattn: interrupted, nothing was written\n")
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
     assert list(folder.iterdir()) == []
 
 

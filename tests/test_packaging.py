@@ -44,7 +44,7 @@ def test_pure_python_install(source: Path, tmp_path: Path) -> None:
     assert re.search(r"^cpu +no: the extension visattn_kernels._C was not built", text, re.M)
     assert re.search(r"^reference +yes, taken", text, re.M)
     assert "It cannot: the extension visattn_kernels._C was not built" in text
-    info = run(*python, "-m", "visattn_kernels", "info", cwd=tmp_path, PYTHONPATH=path)
+    info = run(*python, str(target / "bin" / "visattn"), "info", cwd=tmp_path, PYTHONPATH=path)
     assert "was not built" in " ".join(info.split())
 
 

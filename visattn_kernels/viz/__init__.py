@@ -1,6 +1,6 @@
-"""What the command `visattn` is made of, after visattn_cli.py, where it begins.
+"""What the command `visattn` is made of, beyond visattn_cli.py, where it begins.
 
-All but machine.py needs the extra `[viz]`, and nothing else in the library needs it.
-app.py says what the command takes, images.py reads pictures, compute.py calls the library, figures.py draws pictures
-and gallery.py patterns, output.py writes files whole or not at all, machine.py describes the machine.
+app.py says what the commands take that draw, images.py reads pictures, compute.py calls the library, figures.py draws
+pictures and gallery.py patterns, output.py writes files whole or not at all: all this needs the extra `[viz]`, and
+nothing else in the library does. machine.py, which describes the machine, needs the library alone.
 """

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.text import Text
 from typer.core import TyperGroup
 
-from visattn_cli import INTERRUPTED, INTERRUPTION, printable, settle
+from visattn_cli import INTERRUPTED, INTERRUPTION, careful, printable, settle
 from visattn_kernels import backends
 from visattn_kernels.errors import expected
 from visattn_kernels.viz import compute
@@ -314,7 +314,7 @@ def _progress(positions: int) -> Iterator[Callable[[int], None] | None]:
         TaskProgressColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(), transient=True) as progress:
+    with careful(), Progress(*columns, console=Console(), transient=True) as progress:
         task = progress.add_task("attention", total=positions)
         yield lambda done: progress.advance(task, done)
 
@@ -325,7 +325,7 @@ def _drawing_status() -> Iterator[None]:
     if not sys.stdout.isatty():
         yield
         return
-    with Console().status("drawing"):
+    with careful(), Console().status("drawing"):
         yield
 
 

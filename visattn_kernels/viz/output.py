@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from visattn_cli import careful
 from visattn_kernels.errors import expected
 from visattn_kernels.viz.exits import InputError
 
@@ -87,10 +88,11 @@ def check_place(path: Path, argument: str = "--output") -> None:
                 raise expected(f"{argument} to be a file that may be written", argument, path, InputError)
         # Permissions, read-only and full disks: only trying tells.
         probe = _scratch(place)
-        try:
-            probe.write_bytes(b"visattn")
-        finally:
-            probe.unlink(missing_ok=True)
+        with careful():
+            try:
+                probe.write_bytes(b"visattn")
+            finally:
+                probe.unlink(missing_ok=True)
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a letter that no name may have
         raise _unwritable(path, error, argument) from error
 
