@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from visattn_kernels.backends import cpu, cuda, reference, triton
 from visattn_kernels.errors import expected, told
 from visattn_kernels.problem import Problem
+from visattn_kernels.tracing import refusing
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ NAMES = ("auto", *(backend.name for backend in REGISTRY))
 _warned: set[str] = set()
 
 
+@refusing
 def choose(problem: Problem, name: str) -> str:
     """The name of the backend that runs `problem`.
 
@@ -86,4 +88,4 @@ def _warn_once(name: str, why: str) -> None:
     """Say once per reason that a slow backend was taken."""
     if why not in _warned:
         _warned.add(why)
-        warnings.warn(f"visattn: falling back to the {name} backend, which stores the whole map ({why})", stacklevel=4)
+        warnings.warn(f"visattn: falling back to the {name} backend, which stores the whole map ({why})", stacklevel=6)

@@ -10,10 +10,10 @@ from torch.nn.utils.parametrizations import spectral_norm as with_spectral_norm
 
 from visattn_kernels.attention import attention, attention_map, channels_first, heads_last
 from visattn_kernels.errors import expected
-from visattn_kernels.nn.common import choice, count, image, pooled, renamed, scaled, zero_factor
+from visattn_kernels.nn.common import Layer, choice, count, image, pooled, renamed, scaled, zero_factor
 
 
-class SAGANAttention(nn.Module):
+class SAGANAttention(Layer):
     """Self-attention of a GAN's feature map: every position looks at all others, or at all of the pooled map.
 
         f = W_f x,  g = pool(W_g x),  h = pool(W_h x)
@@ -142,7 +142,7 @@ def _as_it_is(layer: nn.Conv2d) -> nn.Conv2d:
     return layer
 
 
-class WeightlessSelfAttention(nn.Module):
+class WeightlessSelfAttention(Layer):
     """Self-attention without a weight: queries, keys and values are the map itself.
 
         y_i = sum_j softmax_j(scale * x_i·x_j) x_j
