@@ -51,7 +51,7 @@ def test_dense(row: Row, training: bool) -> None:
             close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
 
 
-@on([(row, training) for row, training in MODES if not (row.moves and training)])
+@each_mode
 def test_gradcheck(row: Row, training: bool) -> None:
     """On the smallest map; batch statistics are updated by every call, and change no result of training."""
     module = ready(row, training)
