@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PICTURES := out
 CPP := $(shell find csrc benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build demo pictures test published lint format bench gpu cuda-check clean
+.PHONY: build demo pictures test-fast test test-full published lint format bench gpu cuda-check cuda-link clean
 
 # ninja decides what is out of date, so the build runs every time.
 build: $(VENV)/.installed
@@ -35,8 +35,20 @@ pictures: demo
 	for name in attend map patterns; do $(BIN)/python -c "from PIL import Image; p = Image.open('$(PICTURES)/$$name.png').convert('RGB'); \
 	  p.reduce(2).quantize(256).save('docs/pictures/$$name.png', optimize=True)"; done
 
+# The tiers of the tests, each with what the one before has: tests/tiers.py says how they are chosen.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-fast: build
+	VISATTN_TIER=fast $(PYTEST)
+
 test: build
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(PYTEST)
+
+# Before a release. It takes hours, and goes on where it was interrupted.
+test-full: build
+	VISATTN_TIER=full $(PYTEST)
+	$(BIN)/python -m benchmarks releases
+	$(MAKE) published cuda-check cuda-link
 
 # Equivalence with the modules of other libraries, which `make test` skips unless they are there.
 published: build
@@ -65,12 +77,18 @@ cuda-check: build
 	$(BIN)/python -m benchmarks cells
 	$(BIN)/python -m benchmarks table --update docs/cuda.md
 
+# A real build of the CUDA part, with a few kernels, against CUDA builds of torch: it compiles, links, imports. No GPU is
+# needed. It installs these torches and an nvcc under build/torch: gigabytes.
+cuda-link: build
+	$(BIN)/python -m benchmarks releases --cuda --no-tests --release 2.11.0 --release 2.15.0
+	$(BIN)/python -m benchmarks table --update docs/installing.md
+
 # On a machine with an NVIDIA GPU, with that machine's own torch and Triton, and no network: nothing is installed. It takes
 # less than ten minutes; what is left is done by the next call. The records are benchmarks/results/gpu.json and cuda.json,
 # copied to the folder OUT if the environment names one. Options: make gpu GPU_OPTIONS="--tests 500 --benchmark 0".
 gpu:
-	@$(PYTHON) -c "import torch, typer, rich, pytest, xdist" || { \
-	  echo "make gpu needs torch, typer, rich, pytest, pytest-xdist; name a Python that has them: make gpu PYTHON=..."; exit 1; }
+	@$(PYTHON) -c "import torch, setuptools, typer, rich, pytest, xdist" || { \
+	  echo "make gpu needs torch, setuptools, typer, rich, pytest, pytest-xdist; name a Python that has them: make gpu PYTHON=..."; exit 1; }
 	@$(PYTHON) -m benchmarks gpu $(GPU_OPTIONS)
 
 clean:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -22,6 +23,7 @@ from benchmarks import (
     plot,
     products,
     providers,
+    releases,
     table,
     workloads,
 )
@@ -392,7 +394,7 @@ def list_command(
             for which in PASSES:
                 for provider in providers.PROVIDERS:
                     reasons = provider.reasons(Case(chosen, dtype, device), which)
-                    shown.add_row(provider.name, dtype, which, "; ".join(reasons) or "[green]yes[/]")
+                    shown.add_row(provider.name, dtype, which, escape("; ".join(reasons)) or "[green]yes[/]")
         out.print(shown)
         return
     shown = _table("workload", "queries", "keys", "heads", "D/Dv", "GPU", "CPU", "pattern and terms")
@@ -407,7 +409,7 @@ def list_command(
     has_cuda = torch.cuda.is_available()
     for provider in providers.PROVIDERS:
         cuda = provider.unavailable("cuda") if has_cuda else ["no CUDA device"]
-        states = ["; ".join(reasons) or "[green]yes[/]" for reasons in (provider.unavailable("cpu"), cuda)]
+        states = [escape("; ".join(reasons)) or "[green]yes[/]" for reasons in (provider.unavailable("cpu"), cuda)]
         shown.add_row(provider.name, *states, provider.about)
     out.print(shown)
 
@@ -508,3 +510,28 @@ def products_command() -> None:
     for row in found["products"]:
         shown.add_row(f"{row['rows']}×{row['depth']}", *(f"{row[column]:.0f}" for column in products.COLUMNS))
     out.print(shown)
+
+
+@app.command("releases")
+def releases_command(
+    release: Annotated[list[str] | None, typer.Option(help="Releases such as 2.11.0; all otherwise.")] = None,
+    cuda: Annotated[bool, typer.Option(help="Build and link the CUDA part too.")] = False,
+    tests: Annotated[bool, typer.Option(help="Run the operators' tests.")] = True,
+) -> None:
+    """Build against torch's releases, each in its own environment in build/torch; writes results/releases.json."""
+    unknown = sorted(set(release or ()) - set(releases.RELEASES))
+    if unknown:
+        rule = f"--release to be of {', '.join(releases.RELEASES)}"
+        raise _fail(f"visattn: expected {rule}, but got --release={unknown[0]}")
+    failed = []
+    for one in release or releases.RELEASES:
+        try:
+            row = releases.tried(one, cuda, tests, lambda text: err.print(text, highlight=False))
+        except releases.UnreachableError as error:
+            raise _fail(error) from error
+        releases.write([row])
+        for name, step in row.steps.items():
+            print(f"torch {one}: {name}: {'' if step.passed else 'FAILS: '}{step.text}")
+            failed += [] if step.passed else [f"{one} {name}"]
+    if failed:
+        raise _fail(f"fails: {', '.join(failed)}")

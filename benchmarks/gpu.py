@@ -22,6 +22,7 @@ from typing import Any
 from benchmarks import gpu_record, machine, results, runner
 from benchmarks.gpu_record import RECORD, Outcome, Record
 from benchmarks.machine import ROOT
+from benchmarks.sources import first_errors
 from benchmarks.workloads import WORKLOADS, Workload
 
 WORK = ROOT / "build" / "gpu"
@@ -188,11 +189,13 @@ class Driver:
             return
         log = self.work / "engine.log"
         self.say(f"C++ and CUDA: at most {limit:.0f} s, log in {log}")
-        (ended,) = self.run([Job(ENGINE_COMMAND, {"TORCH_CUDA_ARCH_LIST": capability()}, log)], limit)
+        needs = {"TORCH_CUDA_ARCH_LIST": capability(), "MAX_JOBS": str(self.workers)}
+        (ended,) = self.run([Job(ENGINE_COMMAND, needs, log)], limit)
         state = "unfinished" if ended.code is None else "passed" if ended.code == 0 else "failed"
-        message = "" if state == "passed" else f"the compiled part does not build: {_tail(log)}"
-        record.engine = Outcome(state, ended.seconds, message[:300])
-        self.say(f"C++ and CUDA: {'built' if state == 'passed' else message[:300]}")
+        errors = first_errors(log.read_text(errors="replace")) if log.exists() else "no output"
+        message = "" if state == "passed" else f"the compiled part does not build: {errors}"
+        record.engine = Outcome(state, ended.seconds, message[:1000])
+        self.say(f"C++ and CUDA: {message or 'built'}")
 
     # The tests.
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import cells, gpu_record, products
+from benchmarks import cells, gpu_record, products, releases
 from benchmarks.results import FOLDER, Cell, Entry, Report, load, write_whole
 
 _BLOCK = re.compile(r"(<!-- benchmarks:(?P<name>[\w.-]+(?::\w+)?) -->\n).*?(<!-- /benchmarks:(?P=name) -->)", re.DOTALL)
@@ -188,6 +188,8 @@ def render(name: str, find: Callable[[str], Report]) -> str:
         return products.table()
     if name == cells.FILE.stem:
         return cells.summary()
+    if name == releases.FILE.stem:
+        return releases.summary()
     if name == gpu_record.RECORD.stem:
         return gpu_record.summary()
     stem, _, kind = name.partition(":")

@@ -273,6 +273,7 @@ def main(
         "seed": seed,
     }
     settings["weights"] = None if weights is None else str(weights)
+    runs.folder_of(output, "trunk.pt", "epochs.md", "masks.png")
     run = runs.Run(output, "attention_masks", settings, fresh)
     runs.seed(seed)
     numbers, labels = runs.digits()
@@ -316,7 +317,7 @@ def main(
     rows = [[f"{int(row[0])}", *(f"{value:.3f}" for value in row[1:])] for row in told]
     title = f"Validation on {len(checked)} scenes; an even mask has {boxes.mean():.3f} of its weight on the digit"
     runs.write_table(output / "epochs.md", title, EPOCHS, rows)
-    typer.echo(f"{run.picture('masks', history(shown, torch.stack(kept)))}")
+    runs.say_written(run.picture("masks", history(shown, torch.stack(kept))))
 
 
 if __name__ == "__main__":

@@ -247,7 +247,7 @@ TABLE = ("3×3 by", "parameters", "multiply-adds, M", "of these attention, M", "
 
 def write_comparison(folder: Path, width: int, blocks: int, batch: int, repeats: int) -> None:
     """Write `compare.md`: sizes, work, time and memory of all kinds."""
-    runs.folder_of(folder)
+    runs.folder_of(folder, "compare.md")
     costs = runs.compare({kind: (one_step, (kind, width, blocks, batch)) for kind in KINDS}, repeats)
     rows = []
     for kind, cost in costs.items():
@@ -289,6 +289,7 @@ def main(
         write_comparison(output, width, blocks, batch, compare)
         return
     settings = {"kind": kind, "width": width, "blocks": blocks, "batch": batch, "seed": seed}
+    runs.folder_of(output, f"{kind}.png")
     run = runs.Run(output, "axial_resnet", settings, fresh)
     runs.seed(seed)
     images, labels = digits()
@@ -309,7 +310,7 @@ def main(
     right = accuracy(training.model, unseen, answers)
     typer.echo(f"{kind}: accuracy {right:.3f} on {len(unseen)} digits after {max(done, train)} steps")
     if kind != "conv":
-        typer.echo(f"{run.picture(kind, picture(training.model, unseen[:SHOWN]))}")
+        runs.say_written(run.picture(kind, picture(training.model, unseen[:SHOWN])))
 
 
 if __name__ == "__main__":

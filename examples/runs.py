@@ -22,13 +22,15 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from benchmarks.machine import hardware
 from benchmarks.peak import peak_of
+from visattn_cli import printable
 from visattn_kernels.backends import cpu
 from visattn_kernels.errors import expected
 from visattn_kernels.viz.exits import InputError
-from visattn_kernels.viz.output import Target
+from visattn_kernels.viz.output import Target, check_place
 
 Step = Callable[[], object]
 
@@ -60,6 +62,7 @@ class Run:
                     what = name if name == "example" else f"--{name}"
                     raise expected(rule, what, value, ValueError, "--fresh begins anew, --output elsewhere.")
             self.state = kept["state"]
+        check_place(self.file)
 
     def _kept(self) -> dict[str, Any]:
         """What the checkpoint holds."""
@@ -89,12 +92,15 @@ class Run:
         return path
 
 
-def folder_of(path: Path) -> Path:
-    """Make a folder if it is not there."""
+def folder_of(path: Path, *names: str) -> Path:
+    """Make a folder if it is not there; refuse one where files of these names could not be written afterwards."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise expected("a folder, or a place for one", "--output", path, ValueError, f"{error.strerror}.") from error
+    except (OSError, ValueError) as error:  # ValueError: a letter that no name may have
+        reason = getattr(error, "strerror", None) or str(error)
+        raise expected("a folder, or a place for one", "--output", path, ValueError, f"{reason}.") from error
+    for name in names:
+        check_place(path / name)
     return path
 
 
@@ -221,7 +227,7 @@ def report(
     folder: Path, title: str, steps: Mapping[str, tuple[Callable[..., Step], tuple[Any, ...]]], repeats: int
 ) -> None:
     """Compare steps, print the table, and write it to `compare.md` in the folder; the first is what ratios are of."""
-    folder_of(folder)
+    folder_of(folder, "compare.md")
     costs = compare(steps, repeats)
     first = next(iter(costs.values()))
     rows = [
@@ -248,16 +254,20 @@ HEAD = ("attention", "ms", "quicker", "peak MB", "smaller")
 
 def write_table(path: Path, title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table, and write it as Markdown, whole or not at all."""
-    shown = Table(title=title)
+    shown = Table(title=Text(printable(title)))  # a processor's name is no markup
     for name in head:
         shown.add_column(name, justify="left" if name == head[0] else "right")
     for row in rows:
         shown.add_row(*row)
     Console().print(shown)
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    folder_of(path.parent)
     text = f"{title}.\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
     Target(path).write(text.encode())
+
+
+def say_written(path: Path) -> None:
+    """Say where a file was written."""
+    typer.echo(printable(str(path)))
 
 
 def command(main: Callable[..., None]) -> None:
@@ -279,5 +289,5 @@ def command(main: Callable[..., None]) -> None:
         )
     else:
         sys.exit(status)
-    typer.echo(message, err=True)
+    typer.echo(printable(message), err=True)
     sys.exit(status)

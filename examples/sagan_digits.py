@@ -204,6 +204,7 @@ def main(
             compare,
         )
         return
+    runs.folder_of(output, f"{model}.png")
     run = runs.Run(output, "sagan_digits", {"model": model, "width": width, "batch": batch, "seed": seed}, fresh)
     runs.seed(seed)
     images = digits()
@@ -221,7 +222,7 @@ def main(
             if step % every == 0 or step == steps:
                 run.picture(f"{model}-{step:05}", samples(training.generator, noise))
                 run.save({"step": step, "noise": noise, **training.state()})
-    typer.echo(f"{run.picture(f'{model}', samples(training.generator, noise))}")
+    runs.say_written(run.picture(model, samples(training.generator, noise)))
 
 
 if __name__ == "__main__":

@@ -356,6 +356,7 @@ def main(
         raise expected(f"--image to be a multiple of {known.patch}", "--image", image, ValueError)
     if layers > known.most:
         raise expected(f"--layers of at most {known.most}", "--layers", layers, ValueError)
+    runs.folder_of(output, "compare.md")
     if threads:
         torch.set_num_threads(threads)
     settings = Settings(model, image or known.image, layers or known.layers, batch or known.batch, seed)

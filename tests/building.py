@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from benchmarks.sources import copy_source as copy_source
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,21 +20,6 @@ def run(*command: str, cwd: Path, **environment: str) -> str:
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
     return done.stdout
-
-
-def copy_source(to: Path) -> Path:
-    """A copy of what a build needs, with the objects of this checkout's own build, if there are any.
-
-    ninja decides what of them is out of date; what a build has compiled already with the same flags it takes as it is.
-    """
-    ignore = shutil.ignore_patterns("*.so", "__pycache__")
-    for built in (ROOT / "build").glob("temp*"):
-        shutil.copytree(built, to / "build" / built.name)
-    for name in ("csrc", "visattn_kernels"):
-        shutil.copytree(ROOT / name, to / name, ignore=ignore)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, to)
-    return to
 
 
 def pytest_on(source: Path) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -124,6 +124,16 @@ class Case:
                 text = "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
                 parts.append(short(value) if name == "pattern" else f"{name}={text}")
         return ",".join(parts)
+
+    @property
+    def features(self) -> tuple[Hashable, ...]:
+        """What the tiers combine: the pattern, which terms there are, what they are like, the dtype, the layouts, and
+        the rest."""
+        kinds = tuple(term.kind for term in self.terms)
+        shapes = (self.batch, self.queries, self.keys, self.heads, self.kv_heads, self.head_dim, self.value_dim)
+        rest = (self.scale, self.needs, self.term_needs, self.spread)
+        local = self.pattern != GLOBAL
+        return (self.pattern, kinds, self.terms, self.dtype, self.layouts, (local, shapes), (local, rest))
 
     @property
     def true_scale(self) -> float:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 # Two workers share two cores: what does not test threads runs on one, and where there are two in each worker, one that
 # spins while it waits would take another's core. To be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import interpreter
+import isas
 import pytest
+import tiers
 import torch
 
 # Without a GPU, Triton's kernels run in its interpreter, which decorators choose when modules are imported (torch does
@@ -24,15 +27,27 @@ from visattn_kernels.backends import cpu, triton
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = False
+    if tiers.TIER == "full" and not config.option.collectonly:
+        config.pluginmanager.register(tiers.Resumed(), tiers.RESUMED)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    tiers.select(config, items)
 
 
-def pytest_report_header() -> str:
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    if "tier" in getattr(node, "workeroutput", {}):
+        tiers.note(node.config, node.workeroutput["tier"])
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     reasons = cpu.unavailable()
-    return f"cpu backend: {'; '.join(reasons) if reasons else cpu.isa()}, torch {torch.__version__}"
+    engine = "; ".join(reasons) if reasons else f"instruction sets {', '.join(isas.HERE)}"
+    absent = f" ({', '.join(isas.ABSENT)} not on this machine)" if isas.ABSENT else ""
+    terminalreporter.write_line(f"torch {torch.__version__}; CPU engine: {engine}{absent}")
+    if line := tiers.summary(config):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ from visattn_kernels import backends
 from visattn_kernels.backends import cpu
 from visattn_kernels.patterns import Size
 
+pytestmark = pytest.mark.fast
+
 needs_engine = pytest.mark.skipif(bool(cpu.unavailable()), reason="; ".join(cpu.unavailable()))
 MESSAGE = re.compile(r"visattn: expected .+, but got .+=")
 

@@ -378,6 +378,7 @@ def test_every_intrinsic_of_the_engine_is_here() -> None:
     assert used == {*LANES, *WHOLE}
 
 
+@pytest.mark.full
 @pytest.mark.long
 def test_engine(emulation: Primitives, tmp_path: Path) -> None:
     """The engine's whole table of cases, on the emulated instructions that this CPU has not."""

@@ -1,4 +1,4 @@
-"""The command `visattn`: what it computes, draws, prints, writes and refuses."""
+"""The commands that draw: what they compute, draw, print, write and refuse."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import io
 import math
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,13 +18,14 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 testing = pytest.importorskip("typer.testing")
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 from tolerance import check, element_bound  # noqa: E402
 
+from visattn_cli import printable  # noqa: E402
 from visattn_kernels import backends, reference  # noqa: E402
 from visattn_kernels.patterns import Global  # noqa: E402
-from visattn_kernels.version import __version__  # noqa: E402
 from visattn_kernels.viz import app as command  # noqa: E402
-from visattn_kernels.viz import compute, figures, images, machine, output  # noqa: E402
+from visattn_kernels.viz import compute, figures, images, output  # noqa: E402
 
 SMALL = ("--size", "24x16")
 HERE = Path(__file__).resolve().parents[1]
@@ -52,14 +52,6 @@ def photo(tmp_path):
 def visattn(*arguments):
     """Run the command in this process."""
     return testing.CliRunner().invoke(command.app, [str(argument) for argument in arguments], prog_name="visattn")
-
-
-def python(*arguments, **environment):
-    """Run Python in a process of its own; what it says where the engine was not built is left out."""
-    environment = {**os.environ, "PYTHONPATH": str(HERE), **environment}
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=60)
-    done.stderr = complaints(done.stderr)
-    return done
 
 
 def complaints(text):
@@ -209,6 +201,7 @@ def test_attend_writes_a_pdf_of_four_pages(folder, photo):
     assert [path.name for path in folder.iterdir()] == ["out.PDF"]
 
 
+@pytest.mark.fast
 def test_map_writes_a_png(folder):
     result = visattn("map", "--sample", "flower", *SMALL, "--at", "0,0", "--at", "15,23")
     assert result.exit_code == 0, result.output
@@ -289,6 +282,64 @@ def test_a_bar_on_a_terminal_and_nothing_elsewhere(monkeypatch):
     assert stream.getvalue() == ""
 
 
+NAMES = {
+    "price_$5_and_$6.png": "price_$5_and_$6.png",
+    "Ba$$in.png": "Ba$$in.png",
+    "run$_1$lr$_2$.png": "run$_1$lr$_2$.png",
+    r"\alpha^{2}_%#&~.png": r"\alpha^{2}_%#&~.png",
+    "[red]x[bold].png": "[red]x[bold].png",
+    "caf\udce9.png": r"caf\xe9.png",
+    "日本語.png": r"\u65e5\u672c\u8a9e.png",
+    "\udce6\udc97\udca5.png": r"\u65e5.png",
+    "a\nb\x1b[31m\t.png": r"a\nb\x1b[31m\t.png",
+    "e\u202egnp.png": r"e\u202egnp.png",
+    "é ω مرحبا 😀.png": "é ω مرحبا 😀.png",
+}
+"""Names of files, and how a caption has them in matplotlib's own font."""
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_a_name_is_text_in_figures_and_in_print(tmp_path, photo, name):
+    (tmp_path / name).write_bytes(photo.read_bytes())
+    result = visattn("map", tmp_path / name, "--at", "3,3")
+    assert (result.exit_code, complaints(result.stderr)) == (0, ""), result.output
+    assert result.stdout.startswith(f"picture    {printable(name)}, 24×16\n")
+
+
+def test_a_name_is_text_in_every_figure_of_attend(tmp_path, photo):
+    (tmp_path / "Ba$$in_日\udce9.png").write_bytes(photo.read_bytes())
+    for target in ("out.png", "out.pdf"):
+        result = visattn("attend", tmp_path / "Ba$$in_日\udce9.png", "-o", target)
+        assert (result.exit_code, complaints(result.stderr)) == (0, ""), result.output
+
+
+def captions(name, size=(6, 8)):
+    """The figures of a heat map, and of the sheet and a page of `attend`, and their captions."""
+    picture, row = colours(*size), torch.full(size, 1 / (size[0] * size[1]))
+    caption = f"{printable(name)}, the same as ever: softmax of scale · (colour − mean)·(colour − mean), scale 13.6"
+    parts = figures.quartets(picture, picture, 2.5)
+    sheets = [figures.map_sheet(picture, [figures.HeatMap((0, 0), row)], caption)]
+    sheets += [figures.attend_sheet(parts, caption), figures.attend_pages(parts, caption)[3]]
+    return [(sheet, sheet._supxlabel) for sheet in sheets]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_a_caption_says_the_name_letter_by_letter(name):
+    for _, caption in captions(name):
+        assert not caption.get_parse_math()
+        assert NAMES[name] in caption.get_text()
+
+
+@pytest.mark.parametrize(("name", "size"), [("W" * 255, (30, 3)), ("日本 " * 40, (6, 8))], ids=["wide", "words"])
+def test_a_caption_keeps_inside_the_figure(name, size):
+    for sheet, caption in captions(name, size):
+        FigureCanvasAgg(sheet).draw()
+        extent = caption.get_window_extent()
+        assert 0 <= extent.x0 < extent.x1 <= sheet.bbox.width
+        assert extent.y0 >= 0
+        assert all(extent.y1 < panel.get_window_extent().y0 for panel in sheet.axes)
+
+
 # What is refused
 
 
@@ -313,6 +364,12 @@ def test_a_bar_on_a_terminal_and_nothing_elsewhere(monkeypatch):
         (("attend", "-o", "nowhere/out.png"), ("a directory that exists, but got --output=nowhere/out.png",)),
         (("attend", "-o", "/proc/visattn.png"), ("but got --output=/proc/visattn.png",)),
         (("attend", "-o", "x" * 300 + ".png"), ("to be a file that can be written",)),
+        (("attend", "-o", "a\0.png"), ("to be a file that can be written", r"but got --output=a\x00.png")),
+        (("attend", "-o", "\ud800.png"), ("to be a file that can be written", r"but got --output=\ud800.png")),
+        (("attend", "-o", "a\nb/c\udce9.png"), (r"a directory that exists, but got --output=a\nb/c\xe9.png",)),
+        (("attend", "a\nb\x1b[31m.png"), (r"to be a file that exists, but got IMAGE=a\nb\x1b[31m.png",)),
+        (("attend", "x" * 300), ("expected IMAGE to be a file that holds a picture, but got IMAGE=xxx",)),
+        (("attend", "--no\nsuch"), ("No such option", r"--no\nsuch")),
         (("attend", "missing.png"), ("expected IMAGE to be a file that exists, but got IMAGE=missing.png",)),
         (("attend", "/"), ("not a directory, but got IMAGE=/",)),
         (("attend", __file__), ("expected IMAGE to be a file that holds a picture, but got IMAGE=",)),
@@ -372,6 +429,20 @@ def test_targets_that_are_no_files(tmp_path, folder):
         refused(visattn("attend", "-o", tmp_path / name), folder, part)
 
 
+def test_files_whose_place_cannot_be_taken():
+    """In a shared folder, such as /tmp, another user's file may be written to and not replaced; nor a mounted one."""
+
+    def status(mode, user, device=1):
+        return os.stat_result((mode, 0, device, 0, user, 0, 0, 0, 0, 0))
+
+    me = os.geteuid() if hasattr(os, "geteuid") else 0
+    shared, mine = status(0o41777, me + 1), status(0o40755, me)
+    assert output._replaceable(status(0o100644, me), shared)
+    assert output._replaceable(status(0o100666, me + 1), mine)
+    assert output._replaceable(status(0o100666, me + 2), shared) == (me == 0)
+    assert not output._replaceable(status(0o100644, me, device=2), mine)
+
+
 def test_permissions(tmp_path, folder, photo):
     locked = tmp_path / "locked"
     locked.mkdir()
@@ -390,9 +461,6 @@ def test_an_instruction_set_that_is_not_there(monkeypatch, folder):
 
     monkeypatch.setattr(backends.cpu, "isa", isa)
     refused(visattn("attend"), folder, "but got VISATTN_CPU_ISA=mmx")
-    result = visattn("info")
-    assert result.exit_code == 0
-    assert "VISATTN_CPU_ISA=mmx" in result.stdout
 
 
 @pytest.mark.skipif("cpu" in AVAILABLE, reason="the engine is there")
@@ -458,127 +526,3 @@ def test_ctrl_c_leaves_the_file_that_was_there(monkeypatch, photo):
     monkeypatch.setattr(Path, "replace", interrupt)
     assert visattn("map", photo, "--at", "0,0").exit_code == 130
     assert Path("map.png").read_bytes() == b"old"
-
-
-def test_ctrl_c_of_a_real_process(folder):
-    script = """if True:
-        import os, signal, sys
-        from visattn_kernels.cli import main
-        from visattn_kernels.viz import compute
-        slab = compute.attention
-        def attention(*arguments, **options):
-            os.kill(os.getpid(), signal.SIGINT)
-            return slab(*arguments, **options)
-        compute.attention = attention
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        sys.argv = ["visattn", "attend", "--size", "24x16"]
-        main()
-    """
-    done = python("-c", script)
-    assert (done.returncode, done.stdout) == (130, "")
-    assert done.stderr == "visattn: interrupted, nothing was written\n"
-    assert list(folder.iterdir()) == []
-
-
-# The machine, and what is not installed
-
-
-def test_info():
-    result = visattn("info")
-    assert result.exit_code == 0, result.output
-    assert result.stderr == ""
-    lines = result.stdout.splitlines()
-    for heading in ("Versions", "Processor", "Backends", "Missing"):
-        assert heading in lines
-    text = " ".join(result.stdout.split())
-    for part in (
-        f"visattn_kernels {__version__}",
-        f"torch {torch.__version__}",
-        f"torch uses {torch.backends.cpu.get_cpu_capability()}",
-        f"threads {torch.get_num_threads()} of",
-        "reference available",
-    ):
-        assert part in text
-    for backend in backends.REGISTRY:
-        assert all(reason in text for reason in backend.unavailable())
-
-
-def test_info_says_what_is_missing(monkeypatch):
-    engine = backends.Backend("cpu", "", lambda: ["no compiler"], lambda problem: [])
-    monkeypatch.setattr(backends, "REGISTRY", (engine, backends.REGISTRY[-1]))
-    monkeypatch.setattr(machine, "_version", lambda name: None if name in ("pillow", "triton") else "1.0")
-    text = " ".join(visattn("info").stdout.split())
-    for part in (
-        "cpu not available: no compiler",
-        "engine uses nothing",
-        "C++ engine no compiler",
-        "triton not installed",
-        "pillow: pip install 'visattn_kernels[viz]'",
-    ):
-        assert part in text
-
-
-def test_no_arguments_help_and_version():
-    assert "attend" in visattn().stdout
-    assert visattn().exit_code == 0
-    assert "--power" in visattn("attend", "--help").stdout
-    assert "--at" in visattn("map", "-h").stdout
-    assert visattn("--version").stdout == f"{__version__}\n"
-
-
-def test_the_module_runs_the_command(folder):
-    done = python("-m", "visattn_kernels", "map", *SMALL, "--at", "3,4", "-o", "m.png")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert Path("m.png").read_bytes().startswith(b"\x89PNG")
-    done = python("-m", "visattn_kernels", "attend", "missing.png")
-    assert done.returncode == 2
-    assert done.stderr == "visattn: expected IMAGE to be a file that exists, but got IMAGE=missing.png\n"
-    assert [path.name for path in folder.iterdir()] == ["m.png"]
-
-
-def test_letters_that_the_terminal_lacks():
-    done = python("-m", "visattn_kernels", "attend", "--help", PYTHONIOENCODING="ascii")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "attention? ? picture" in " ".join(done.stdout.split())
-
-
-def without(libraries, *arguments):
-    """Run the command where some libraries are not installed."""
-    script = f"""if True:
-        import sys
-        sys.modules.update(dict.fromkeys({libraries!r}))
-        sys.argv = ["visattn", *{arguments!r}]
-        from visattn_kernels.cli import main
-        main()
-    """
-    return python("-c", script)
-
-
-def test_info_needs_no_drawing():
-    done = without(["matplotlib", "PIL", "sklearn", "skimage", "triton"], "info")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "Backends" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("library", "arguments"),
-    [("matplotlib", ("attend",)), ("matplotlib", ("patterns",)), ("PIL", ("map", "--at", "1,1"))],
-)
-def test_drawing_names_what_is_not_installed(folder, library, arguments):
-    done = without([library], *arguments)
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert re.fullmatch(
-        rf"visattn: .* needs {library}.*, which is not installed\. Use pip install 'visattn_kernels\[viz\]'\n",
-        done.stderr,
-    )
-    assert list(folder.iterdir()) == []
-
-
-@pytest.mark.parametrize("library", ["typer", "rich"])
-def test_without_the_libraries_of_the_command_it_says_so(library):
-    done = without([library], "info")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(
-        rf"visattn: .* {library}.*, which is not installed\. Use pip install 'visattn_kernels\[viz\]'\n", done.stderr
-    )

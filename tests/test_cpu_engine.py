@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import CASES, DTYPES, PATTERNS, TERM_CASES, Case, TermCase, differentiate, expected_map, hold, inputs, short
 from conftest import poison
+from isas import HERE
 from tolerance import check
 
 import visattn_kernels as va
@@ -16,6 +17,7 @@ from visattn_kernels.backends import cpu
 from visattn_kernels.terms import TERM_TENSORS
 
 pytestmark = [
+    pytest.mark.fast,
     pytest.mark.skipif(bool(cpu.unavailable()), reason="; ".join(cpu.unavailable())),
     pytest.mark.usefixtures("two_threads"),
 ]
@@ -23,24 +25,19 @@ pytestmark = [
 
 EVERYTHING = tuple(options[0] for options in TERM_CASES)  # every term
 
-ISAS = ("plain", "avx2", "avx512", "avx512_bf16")
 
-
-@pytest.fixture(params=ISAS)
+@pytest.fixture(params=HERE)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Force an instruction set."""
     monkeypatch.setenv("VISATTN_CPU_ISA", request.param)
-    try:
-        assert cpu.isa() == request.param
-    except RuntimeError as error:
-        pytest.skip(str(error))
+    assert cpu.isa() == request.param
     return request.param
 
 
 def on_each_isa(cases: list[Case]) -> pytest.MarkDecorator:
     """Every case on every instruction set, one after the other, so that a process computes what it expects once;
     avx512_bf16 differs from avx512 in bfloat16 alone."""
-    pairs = [(isa, case) for case in cases for isa in ISAS if isa != "avx512_bf16" or case.dtype == torch.bfloat16]
+    pairs = [(isa, case) for case in cases for isa in HERE if isa != "avx512_bf16" or case.dtype == torch.bfloat16]
     ids = [f"{isa}-{case.id}" for isa, case in pairs]
     return pytest.mark.parametrize(("isa", "case"), pairs, indirect=["isa"], ids=ids)
 

@@ -11,18 +11,19 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
-import torch.utils.cpp_extension as torch_build
 from building import ROOT, copy_source, run
 
 from benchmarks import cells, table
-from visattn_kernels import Global
-from visattn_kernels.backends import cuda
+from visattn_kernels import Global, Neighborhood, Row, Window, backends
+from visattn_kernels.backends import cuda, parts
 from visattn_kernels.backends.cells import CELLS, NUMBERS, PASSES, kinds, sources
-from visattn_kernels.patterns import Size
+from visattn_kernels.patterns import Pattern, Size
 from visattn_kernels.problem import Problem
 
 NVCC = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
@@ -48,26 +49,13 @@ def test_the_files_name_every_cell_once() -> None:
     assert sorted(named) == sorted(expected)
 
 
-def test_the_binding_compiles_against_any_torch(tmp_path: Path) -> None:
-    compiler = os.environ.get("CXX", "c++")
-    includes = [f"-isystem{path}" for path in torch_build.include_paths()]
-    flags = [
-        "-std=c++17",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-fvisibility=hidden",
-        "-DTORCH_TARGET_VERSION=0x020a000000000000",
-    ]
-    run(compiler, *flags, "-fsyntax-only", *includes, str(ROOT / "csrc/binding/cuda_ops.cpp"), cwd=tmp_path)
-
-
 WITH_CUDA = """
 import runpy, sys
 import torch
 import torch.utils.cpp_extension as build
 torch.version.cuda = "13.0"
-build.CUDA_HOME = {home!r}
+paths = build.library_paths()
+build.library_paths = lambda *args, **more: [*paths, {libraries!r}]
 sys.argv = ["setup.py", "-q", "build_ext"]
 runpy.run_path("setup.py", run_name="__main__")
 """
@@ -78,21 +66,32 @@ runpy.run_path("setup.py", run_name="__main__")
 def test_beside_a_torch_with_cuda_it_is_built(tmp_path: Path, archs: str | None) -> None:
     """To the point where torch's CUDA libraries would be linked, which are not here; of the kernels one is compiled."""
     source = copy_source(tmp_path / "source")
-    home = Path(str(shutil.which("nvcc"))).resolve().parents[1]
     tools = tmp_path / "tools"
     tools.mkdir()
+    (tools / "libtorch_cuda.so").touch()
     (tools / "ninja").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
     (tools / "ninja").chmod(0o755)
-    environment = {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"} | (
-        {"TORCH_CUDA_ARCH_LIST": archs} if archs else {}
+    environment = {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "MAX_JOBS": "3"} | (
+        {"TORCH_CUDA_ARCH_LIST": archs, "VISATTN_CUDA_WIDTHS": "8/8;32/32"} if archs else {}
     )
-    run(sys.executable, "-c", WITH_CUDA.format(home=str(home)), cwd=source, **environment)
-    manifest = source / (tmp_path / "asked").read_text().split()[1]
+    run(sys.executable, "-c", WITH_CUDA.format(libraries=str(tools)), cwd=source, **environment)
+    asked = (tmp_path / "asked").read_text().split()
+    assert asked[:3] == ["-j", "3", "-f"]
+    manifest = source / asked[3]
     text = manifest.read_text()
-    for name in sources():
-        assert f"{name}.cu.o: cuda" in text
-    for flag in ("-ltorch_cuda", "-lcudart_static", "csrc/binding/cuda_ops.cpp.o", "cells.cpp.o"):
-        assert flag.replace("csrc/binding/", "csrc_binding_") in text
+    few = [cell for cell in CELLS if cell[:2] in ((8, 8), (32, 32))]
+    assert set(re.findall(r"(\w+)\.cu\.o: cuda", text)) == set(sources(few) if archs else sources())
+    engine, kernels = (line for line in text.splitlines() if ": link " in line)
+    assert "_C." in engine.partition(":")[0]
+    assert "_cuda." in kernels.partition(":")[0]
+    assert "cuda_" not in engine.partition(":")[2]  # the engine needs nothing that a torch without CUDA lacks
+    for name in ("csrc_binding_cuda_module.cpp.o", "csrc_binding_cuda_ops.cpp.o", "cells.cpp.o"):
+        assert name in kernels
+    of_engine, of_kernels = re.findall("  libraries = (.*)", text)
+    assert "-ltorch_cuda" not in of_engine
+    assert "-ltorch_cuda" in of_kernels
+    (folder,) = re.findall(r"-L(\S+) -lcudart_static", of_kernels)
+    assert (Path(folder) / "libcudart_static.a").is_file()
     found = set(re.findall(r"-gencode arch=(\w+),code=(\w+)", text))
     if archs:
         assert found == {("compute_80", "sm_80"), ("compute_90a", "sm_90a"), ("compute_90a", "compute_90a")}
@@ -105,12 +104,11 @@ def test_beside_a_torch_with_cuda_it_is_built(tmp_path: Path, archs: str | None)
 
 
 def test_no_cuda_is_said_with_its_reason() -> None:
-    import visattn_kernels._C
-
-    built, reason = visattn_kernels._C.cuda()
-    assert built == (reason == "")
+    if failure := parts.failure(parts.ENGINE):
+        pytest.skip(failure)
+    reason = import_module(parts.ENGINE).no_cuda()
     text = run(sys.executable, "-m", "visattn_kernels", "info", cwd=ROOT)
-    assert built or f"the CUDA kernels were not built: {reason}" in " ".join(text.split())
+    assert not reason or f"the CUDA kernels were not built: {reason}" in " ".join(text.split())
 
 
 @NVCC
@@ -149,17 +147,49 @@ def test_a_file_that_is_not_there_is_refused() -> None:
 @pytest.mark.parametrize("extension", [True, False])
 def test_a_gpu_without_these_kernels_is_left_to_triton(extension: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a GPU, but an extension without CUDA, or none: reasons, and nothing that raises."""
-    if extension and cuda.cpu.unavailable():
+    if extension and parts.failure(parts.ENGINE):
         pytest.skip("there is no extension")
     monkeypatch.setattr(cuda, "_no_gpu", lambda: "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     if not extension:
-        monkeypatch.setattr(cuda.cpu, "_failure", "the extension visattn_kernels._C was not built")
-        monkeypatch.setitem(sys.modules, "visattn_kernels._C", None)  # importing it raises
+        monkeypatch.setattr(parts, "failure", lambda part: "the extension visattn_kernels._C was not built")
     elif cuda._not_built() == "":
         pytest.skip("the kernels were built")
-    grid = Size(4, 4)
-    plain = Problem("cuda", torch.float16, 1, grid, grid, 1, 1, 8, 8, 1.0, Global())
-    assert cuda.unsupported(plain) == []
+    assert cuda.unsupported(problem(Global())) == []
     (reason,) = cuda.unavailable()
     assert "not built" in reason
+    with pytest.raises(RuntimeError, match=r"visattn: expected the CUDA kernels for .*, but .*not built"):
+        cuda._kernel("forward")()
+
+
+def problem(pattern: Pattern, *terms: str, width: int = 8) -> Problem:
+    """A problem on a GPU."""
+    grid = Size(14, 14)
+    return Problem("cuda", torch.float16, 1, grid, grid, 1, 1, width, width, 1.0, pattern, terms)
+
+
+def test_widths_that_were_not_compiled_are_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_no_gpu", lambda: "")
+    monkeypatch.setattr(cuda, "_too_old", lambda: "")
+    monkeypatch.setattr(cuda, "_most_shared", lambda: 227 * 1024)
+    monkeypatch.setattr(cuda, "_not_built", lambda: "")
+    monkeypatch.setattr(parts, "built_cuda", lambda: ("arch=compute_90,code=sm_90", ((8, 8),)))
+    assert cuda.unsupported(problem(Global())) == []
+    assert cuda.unsupported(problem(Global(), width=64)) == ["D and Dv are 64/64, not one of 8/8"]
+
+
+def test_triton_comes_first_where_its_count_is_lower(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cuda", "triton"):
+        backend = next(backend for backend in backends.REGISTRY if backend.name == name)
+        able = replace(backend, unavailable=list, unsupported=lambda problem: [])
+        registry = tuple(able if other is backend else other for other in backends.REGISTRY)
+        monkeypatch.setattr(backends, "REGISTRY", registry)
+    window, rows = Window(7), Row()
+    wanted = {
+        "triton": [problem(Global()), problem(rows, "RelativeQuery"), problem(window, "RelativeValue", "RelativeBias")],
+        "cuda": [problem(window), problem(rows), problem(window, "RelativeBias"), problem(Neighborhood(7), "KeyBias")],
+    }
+    for name, problems in wanted.items():
+        for one in problems:
+            assert backends.choose(one, "auto") == name, one.describe()
+            assert backends.choose(one, "cuda") == "cuda"

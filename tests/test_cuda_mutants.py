@@ -32,6 +32,8 @@ import visattn_kernels as va
 from visattn_kernels import reference
 from visattn_kernels.backends import cuda
 
+pytestmark = pytest.mark.full
+
 WIDTHS = {numbers: listed for numbers, listed in emulated.NARROW.items() if listed}
 
 

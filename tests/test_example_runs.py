@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("typer", reason="the examples need the packages of [viz]")
 
 from examples import runs
+from visattn_kernels.viz.exits import InputError
 
 SETTINGS = {"width": 8, "seed": 0}
 
@@ -78,3 +79,23 @@ def test_no_comparison_without_the_engine(monkeypatch):
     monkeypatch.setattr(runs.cpu, "unavailable", lambda: ["it was not built"])
     with pytest.raises(ValueError, match=r"^visattn: expected the compiled engine, .*=reference\. it was not built$"):
         runs.compare({}, 1)
+
+
+def test_files_that_could_not_be_written_are_refused_before_the_work(tmp_path):
+    (tmp_path / "compare.md").mkdir()
+    with pytest.raises(InputError, match=r"^visattn: expected --output to be a regular file, but got --output="):
+        runs.report(tmp_path, "title", {"a": (pytest.fail, ("computed for nothing",))}, 1)
+    with pytest.raises(ValueError, match=r"^visattn: expected a folder, or a place for one, but got --output=a\0b"):
+        runs.folder_of(runs.Path("a\0b"))
+    (tmp_path / "checkpoint.pt").mkdir()
+    with pytest.raises(InputError, match="regular file"):
+        begin(tmp_path, fresh=True)
+
+
+def test_text_of_others_is_no_markup(tmp_path, capsys):
+    """As the name of a processor, or of a folder."""
+    runs.write_table(tmp_path / "t.md", "A[red]B[/] CPU\n\x1b[31m", ("name", "ms"), [("a", "1")])
+    runs.say_written(runs.Path("caf\udce9\n.png"))
+    said = capsys.readouterr().out
+    assert r"A[red]B[/] CPU\n\x1b[31m" in " ".join(said.split())
+    assert said.endswith("caf\\xe9\\n.png\n")

@@ -17,6 +17,8 @@ from geometry_rules import axis_patterns, fits, grid_patterns, hold_axis, hold_c
 import visattn_kernels as va
 from visattn_kernels.patterns import Size
 
+pytestmark = pytest.mark.full
+
 # An expression of a header (all of the text, or what stands between « and ») and what is put in its place.
 MUTANTS = [
     # cells

@@ -307,7 +307,11 @@ def test_what_does_not_build_is_a_failure_and_tried_again(at: Path) -> None:
         def one(self, job: Job, limit: float) -> Ended:
             if "setup.py" in " ".join(job.command):
                 assert re.fullmatch(r"\d+\.\d", job.environment["TORCH_CUDA_ARCH_LIST"])
-                job.log.write_text("error: no such instruction\n")
+                assert job.environment["MAX_JOBS"].isdigit()
+                job.log.write_text(
+                    "[3/9] c++ -c a.cpp\na.cpp:3: error: no such instruction\n  3 | x\na.cpp:4:1: error: nor this\n"
+                    "visattn: the compiled part does not build\nninja: stopped\n"
+                )
                 self.built += 1
                 return Ended(self.codes[self.built - 1], 2.0)
             return super().one(job, limit)
@@ -315,7 +319,10 @@ def test_what_does_not_build_is_a_failure_and_tried_again(at: Path) -> None:
     here = Broken(NAMES)
     passed, known = call(at, here, record())
     assert not passed
-    assert known.failures == ["the compiled part: the compiled part does not build: error: no such instruction"]
+    assert known.failures == [
+        "the compiled part: the compiled part does not build: a.cpp:3: error: no such instruction | "
+        "a.cpp:4:1: error: nor this | visattn: the compiled part does not build"
+    ]
     passed, known = call(at, here, known)
     assert passed
     assert known.remaining[0] == "the compiled part"

@@ -29,6 +29,7 @@ def leaves(queries, keys, heads, kv_heads, d, dv, needs, layout="contiguous"):
     return q, leaf("k", (1, *keys, kv_heads, d)), leaf("v", (1, *keys, kv_heads, dv))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("needs", ["".join(n) for i in (1, 2, 3) for n in itertools.combinations("qkv", i)])
 def test_every_input_alone_and_together(backend: str, needs: str) -> None:

@@ -41,6 +41,7 @@ def test_every_module_has_a_row() -> None:
     assert made >= {name for name in vn.__all__ if isinstance(getattr(vn, name), type)}
 
 
+@pytest.mark.fast
 @each_mode
 def test_dense(row: Row, training: bool) -> None:
     """Results, gradients, and what training leaves in the buffers; in either memory format, and of a slice."""

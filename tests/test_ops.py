@@ -12,6 +12,7 @@ from cases import DTYPES, TERM_CASES, Case, TermCase, inputs
 import visattn_kernels as va
 from visattn_kernels import ops
 from visattn_kernels.backends import cpu
+from visattn_kernels.dynamo import constant
 from visattn_kernels.terms import TERM_TENSORS
 
 pytestmark = pytest.mark.skipif(bool(cpu.unavailable()), reason="; ".join(cpu.unavailable()))
@@ -25,6 +26,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.id)
 def test_opcheck(case: Case, dtype: torch.dtype) -> None:
@@ -50,6 +52,7 @@ LOCAL = [
 ]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", LOCAL, ids=lambda case: case.id)
 def test_opcheck_of_patterns_and_terms(case: Case, dtype: torch.dtype) -> None:
@@ -249,6 +252,20 @@ def test_refused_gradients() -> None:
     with pytest.raises(NotImplementedError, match="double backward"):
         grad.sum().backward()
     torch.library.opcheck(torch.ops.visattn.refuse_gradient.default, (zeros.detach(), "a test"))
+
+
+def test_a_constant_is_marked_as_torch_marks_it() -> None:
+    """`constant` is `torch.compiler.assume_constant_result` without its imports: called once, never traced."""
+    calls: list[int] = []
+
+    def count() -> int:
+        calls.append(1)
+        return len(calls)
+
+    constant(count)
+    compiled = torch.compile(lambda x: x * count(), backend="eager", fullgraph=True)
+    assert [compiled(torch.ones(())).item() for _ in range(3)] == [1, 1, 1]
+    assert vars(count) == vars(torch.compiler.assume_constant_result(lambda: 1))
 
 
 def test_errors_are_of_the_same_type_under_compile() -> None:

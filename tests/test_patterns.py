@@ -14,6 +14,8 @@ import visattn_kernels as va
 from visattn_kernels import patterns as module
 from visattn_kernels.patterns import PATTERN_FIELDS, PATTERN_KINDS, Pattern, Size
 
+pytestmark = pytest.mark.fast
+
 GRIDS = [*(Size(h, w) for h in range(1, 7) for w in range(1, 7)), Size(12, 10)]
 
 

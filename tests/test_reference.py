@@ -13,6 +13,8 @@ import visattn_kernels as va
 from visattn_kernels import reference
 from visattn_kernels.patterns import Size
 
+pytestmark = pytest.mark.fast
+
 CELLS = [case for case in _cells() if case.queries != (7, 11) or len(case.terms) in (0, len(TERM_CASES))]
 """Every pattern with every term; of the larger grid, which takes long by hand, those with no term and with all."""
 

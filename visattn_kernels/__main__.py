@@ -1,8 +1,8 @@
-"""`python -m visattn_kernels` is the command `visattn`."""
+"""`python -m visattn_kernels` is the command `visattn`, except that Python imports the package first, and so torch."""
 
 from __future__ import annotations
 
-from visattn_kernels.cli import main
+from visattn_cli import main
 
 if __name__ == "__main__":
     main()

@@ -128,7 +128,7 @@ def _call(problem: Problem, terms: Sequence[Term]) -> tuple[Any, ...]:
 
 def _autocast(terms: Sequence[Term], q: torch.Tensor) -> Sequence[Term]:
     """Cast the tensors of terms as q was; what is no term is refused later."""
-    if not (torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type)):
+    if not ops.autocasts(q.device.type):
         return terms
     return cast(terms, lambda x: ops.autocast(x)[0]) if isinstance(terms, Sequence) else terms
 
@@ -335,14 +335,15 @@ def explain(
         problem = make_problem(q, k, rest[0] if rest else None, pattern, scale, terms)
     lines = [problem.describe()] if problem else []
     taken = False
-    for backend in backends.REGISTRY:
+    for backend in backends.in_order(problem) if problem else backends.REGISTRY:
         reasons = backend.reasons(problem) if problem else backend.unavailable()
         if reasons:
-            state = f"no: {'; '.join(reasons)}"
-        else:
-            state = "yes" if taken or problem is None else "yes, taken"
-            taken = True
-        lines.append(f"{backend.name:<10} {state} ({backend.about})" if not reasons else f"{backend.name:<10} {state}")
+            lines.append(f"{backend.name:<10} no: {'; '.join(reasons)}")
+            continue
+        state = "yes" if taken or problem is None else "yes, taken"
+        after = f"; {why}" if problem and (why := backend.yields(problem)) else ""
+        taken = True
+        lines.append(f"{backend.name:<10} {state} ({backend.about}{after})")
     return "\n".join(lines)
 
 

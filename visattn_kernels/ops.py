@@ -49,6 +49,10 @@ _N_TERMS = len(TERM_TENSORS)
 _N_GRADS = len(DIFFERENTIABLE)
 
 
+# Asked here, since Dynamo traces this question from torch 2.12 on only; torch raises for devices without autocast.
+_AUTOCAST = tuple(name for name in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(name))
+
+
 def operator(backend: str, which: str) -> Callable[..., Any]:
     """The operator `which` (a key of `SCHEMAS`) of a backend's family."""
     packet: Callable[..., Any] = getattr(torch.ops.visattn, f"{backend}_{which}").default
@@ -68,10 +72,15 @@ def implement(backend: str, kernels: Mapping[str, Callable[..., Any]], devices: 
             _library.impl(f"{backend}_{which}", kernel, device)  # type: ignore[no-untyped-call]
 
 
+def autocasts(device: str) -> bool:
+    """Whether an autocast is enabled for a type of device."""
+    return device in _AUTOCAST and torch.is_autocast_enabled(device)
+
+
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Cast to the dtype of an enabled autocast; float64 is left alone, as torch's own operators do."""
     device = tensors[0].device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not autocasts(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

@@ -2,6 +2,7 @@
 // torch.ops can be called directly: inconsistent shapes raise, and nothing is read or written out of bounds.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -62,7 +63,9 @@ inline void check_tensor(const Tensor& x, const char* argument, const Sizes& siz
   if (x.is_cpu() != q.is_cpu() || x.is_cuda() != q.is_cuda() || x.get_device_index() != q.get_device_index())
     fail(std::string(argument) + (q.is_cpu() ? " on the CPU" : " on the GPU of q"), argument,
          "a tensor of another device");
-  if (x.layout() != torch::headeronly::Layout::Strided)
+  int32_t layout = 0;  // torch's C++ interface tells it from 2.11 on
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(x.get(), &layout));
+  if (layout != aoti_torch_layout_strided())
     fail(std::string(argument) + " to be a strided (dense) tensor", argument, "another layout");
   if (x.scalar_type() != dtype)
     fail(std::string(argument) + " of dtype " + name(dtype), std::string(argument) + ".dtype", name(x.scalar_type()));

@@ -32,7 +32,7 @@ struct Place {
 // The tensors' GPU is the current one while this lives; launches go to its current stream.
 struct Place {
   explicit Place(const Tensor& q) : guard(index_of(q)) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(q.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(q.get_device_index(), &stream));
   }
   static int32_t index_of(const Tensor& q) {
     if (!q.is_cuda()) fail("q on an NVIDIA GPU", "q", "a tensor of another device");

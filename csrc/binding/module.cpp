@@ -1,5 +1,5 @@
-// The Python module visattn_kernels._C: importing it registers the operators; isa() names the instruction set in use,
-// cuda() says whether the CUDA kernels are there.
+// The Python module visattn_kernels._C: importing it registers the operators of the CPU engine; isa() names the
+// instruction set in use, no_cuda() says why the CUDA part was not built beside it.
 #include <Python.h>
 
 #include <exception>
@@ -17,17 +17,13 @@ PyObject* isa(PyObject*, PyObject*) {
   }
 }
 
-// (built, why not or for what): VISATTN_NO_CUDA is what setup.py found, empty if nothing stood in the way, then
-// VISATTN_GENCODE is what nvcc was told.
-PyObject* cuda(PyObject*, PyObject*) {
-  const char* const reason = VISATTN_NO_CUDA;
-  PyObject* const built = PyBool_FromLong(*reason == 0);
-  return Py_BuildValue("(Ns)", built, *reason ? reason : VISATTN_GENCODE);
-}
+// VISATTN_NO_CUDA is what setup.py found against building the CUDA part, empty if nothing stood in its way.
+PyObject* no_cuda(PyObject*, PyObject*) { return PyUnicode_FromString(VISATTN_NO_CUDA); }
 
-PyMethodDef methods[] = {{"isa", isa, METH_NOARGS, "The instruction set that the CPU engine uses."},
-                         {"cuda", cuda, METH_NOARGS, "Whether the CUDA kernels were built, and why not, or for what."},
-                         {nullptr, nullptr, 0, nullptr}};
+PyMethodDef methods[] = {
+    {"isa", isa, METH_NOARGS, "The instruction set that the CPU engine uses."},
+    {"no_cuda", no_cuda, METH_NOARGS, "Why the CUDA part was not built beside it; empty if it was."},
+    {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 

@@ -8,7 +8,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <mutex>
+#include <set>
 #include <type_traits>
+#include <utility>
 
 #if defined(__CUDACC__)
 #define VISATTN_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
@@ -335,6 +338,25 @@ inline GridSize fold(int64_t blocks, int64_t max_x = 0x7fffffff) {
   return y > max_y ? GridSize{0, 0} : GridSize{(blocks - 1) / y + 1, y};
 }
 
+#if defined(__CUDACC__)
+// Lets a kernel have as much shared memory as a block of the current device may. Once for a kernel and device, and
+// never the size of one launch: the attribute is the kernel's, and another thread may launch it with another size
+// meanwhile.
+inline cudaError_t allow_most_shared(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  int device = 0, most = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device})) return cudaSuccess;
+  error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (error == cudaSuccess) allowed.insert({kernel, device});
+  return error;
+}
+#endif
+
 // Starts a kernel on at least so many blocks. Null, or the error's text. No blocks: nothing happens.
 #if defined(__CUDACC__)
 template <class Args>
@@ -345,8 +367,7 @@ const char* launch(void (*kernel)(Args), const Args& args, int64_t blocks, int t
   const GridSize grid = fold(blocks);
   if (grid.x == 0 || threads <= 0) return cudaGetErrorString(cudaErrorInvalidConfiguration);
   cudaError_t error = cudaSuccess;
-  if (shared_bytes > shared_unasked)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+  if (shared_bytes > shared_unasked) error = allow_most_shared(reinterpret_cast<const void*>(kernel));
   if (error == cudaSuccess) {
     const dim3 blocks_xy(unsigned(grid.x), unsigned(grid.y));
     kernel<<<blocks_xy, unsigned(threads), shared_bytes, static_cast<cudaStream_t>(stream)>>>(args);

@@ -1,7 +1,7 @@
 """Backends, in the order in which `backend="auto"` asks them.
 
 A backend is a record: its name, why it cannot run on this machine, and why it cannot run a given problem. An empty
-list of reasons means that it can. The first that can is taken.
+list of reasons means that it can. The first that can is taken, where one that yields comes after those that don't.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class Backend:
         about: one line for a person.
         unavailable: reasons why it cannot run on this machine at all.
         unsupported: reasons why it cannot run a problem, given that it is available.
+        yields: why it lets others run a problem that it could run itself; an empty text if it doesn't.
         slow: whether falling back to it deserves a warning.
     """
 
@@ -32,6 +33,7 @@ class Backend:
     about: str
     unavailable: Callable[[], list[str]]
     unsupported: Callable[[Problem], list[str]]
+    yields: Callable[[Problem], str] = lambda problem: ""
     slow: bool = False
 
     def reasons(self, problem: Problem) -> list[str]:
@@ -41,13 +43,19 @@ class Backend:
 
 REGISTRY = (
     Backend("cpu", cpu.ABOUT, cpu.unavailable, cpu.unsupported),
-    Backend("cuda", cuda.ABOUT, cuda.unavailable, cuda.unsupported),
+    Backend("cuda", cuda.ABOUT, cuda.unavailable, cuda.unsupported, cuda.yields),
     Backend("triton", triton.ABOUT, triton.unavailable, triton.unsupported),
     Backend("reference", reference.ABOUT, reference.unavailable, reference.unsupported, slow=True),
 )
 NAMES = ("auto", *(backend.name for backend in REGISTRY))
 
 _warned: set[str] = set()
+
+
+def in_order(problem: Problem) -> list[Backend]:
+    """The backends as `backend="auto"` asks them for a problem."""
+    ranks = [2 if backend.slow else 1 if backend.yields(problem) else 0 for backend in REGISTRY]
+    return [backend for rank in range(3) for backend, its in zip(REGISTRY, ranks, strict=True) if its == rank]
 
 
 @refusing
@@ -64,7 +72,7 @@ def choose(problem: Problem, name: str) -> str:
     if name not in NAMES:
         raise expected(f"backend to be one of {', '.join(NAMES)}", "backend", told(name), ValueError)
     refused: list[str] = []
-    for backend in REGISTRY:
+    for backend in in_order(problem):
         if name not in ("auto", backend.name):
             continue
         reasons = backend.reasons(problem)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from pathlib import Path
-
+from visattn_kernels.backends import parts
 from visattn_kernels.problem import Problem
 
 MAX_CHANNELS = 65536
@@ -12,23 +10,7 @@ MAX_CHANNELS = 65536
 
 ABOUT = "C++ engine: tiled, multi-threaded, SIMD chosen at run time"
 
-
-def _load() -> str:
-    """Load the extension; the reason if that fails, else an empty string."""
-    if find_spec("visattn_kernels._C") is None:
-        root = Path(__file__).parents[2]
-        if (root / "csrc").is_dir():
-            sources = f"in {root}, whose sources Python takes before an installed package"
-            return f"the extension visattn_kernels._C was not built {sources}; `make build` there builds it"
-        return "the extension visattn_kernels._C was not built (VISATTN_NO_EXT=1, or no C++ compiler at install time)"
-    try:
-        import visattn_kernels._C  # noqa: F401
-    except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: operators that torch refuses to register
-        return f"the extension visattn_kernels._C does not load: {error}"
-    return ""
-
-
-_failure = _load()
+_failure = parts.failure(parts.ENGINE)
 
 
 def unavailable() -> list[str]:
@@ -52,6 +34,4 @@ def isa() -> str:
     Raises:
         RuntimeError: VISATTN_CPU_ISA names none that can run here.
     """
-    import visattn_kernels._C
-
-    return str(visattn_kernels._C.isa())
+    return parts.selected_isa()

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from visattn_kernels.backends import cpu
+from visattn_kernels.backends import parts
 from visattn_kernels.backends.cells import CELLS, KINDS, kinds
+from visattn_kernels.dynamo import constant
 from visattn_kernels.ops import FAMILIES, implement
-from visattn_kernels.patterns import Column, CrissCross, Neighborhood, Pattern, Row
+from visattn_kernels.patterns import Column, CrissCross, Global, Neighborhood, Pattern, Row
 from visattn_kernels.problem import Problem, tf32_products
 from visattn_kernels.triton.cut import parts_of, sides_of
 from visattn_kernels.triton.structs import NEAR
@@ -37,15 +38,10 @@ def unavailable() -> list[str]:
     return [reason for reason in (_not_built(), _no_gpu()) if reason]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[misc]
+@constant
 def _not_built() -> str:
-    """Why the kernels were not built, or nothing."""
-    if failure := cpu.unavailable():
-        return failure[0]
-    import visattn_kernels._C
-
-    built, text = visattn_kernels._C.cuda()
-    return "" if built else f"the CUDA kernels were not built: {text}"
+    """Why the kernels are not there, or nothing."""
+    return parts.failure(parts.CUDA)
 
 
 def has_code(gencode: str, capability: tuple[int, int]) -> bool:
@@ -62,28 +58,34 @@ def has_code(gencode: str, capability: tuple[int, int]) -> bool:
     return False
 
 
-@torch.compiler.assume_constant_result  # type: ignore[misc]
+@constant
 def _no_gpu() -> str:
     """Why torch has no GPU for them, or nothing."""
     return "" if torch.cuda.is_available() else "torch sees no NVIDIA GPU"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[misc]
+@constant
 def _too_old() -> str:
     """Why the current GPU cannot, or nothing; asked of tensors on a GPU alone, since the question starts CUDA."""
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
         return f"the GPU has compute capability {major}.{minor}, not 8.0 or more"
     if _not_built():
-        return ""  # which is reason enough, and there may be no extension to ask
-    import visattn_kernels._C
-
-    text = visattn_kernels._C.cuda()[1]
+        return ""  # which is reason enough, and there is no extension to ask
+    text, _ = parts.built_cuda()
     return (
         ""
         if has_code(text, (major, minor))
         else f"they were not compiled for compute capability {major}.{minor}: {text}"
     )
+
+
+@constant
+def _widths() -> tuple[tuple[int, int], ...]:
+    """D and Dv of the kernels that were compiled; where none were, of all that can be."""
+    if emulate or _not_built():
+        return tuple((d, dv) for d, dv, _ in CELLS)
+    return parts.built_cuda()[1]
 
 
 def kind_of(pattern: Pattern, terms: Collection[str]) -> str:
@@ -117,7 +119,8 @@ def unsupported(problem: Problem) -> list[str]:
         if (height + 64) * (width + 64) >= MOST:
             reasons.append(f'with border="zero" a kernel may have fewer than {MOST} positions, with those of a block')
     kind = kind_of(problem.pattern, problem.terms)
-    listed = {(d, dv): kinds(DTYPES[problem.dtype], named) for d, dv, named in CELLS}
+    built = _widths()
+    listed = {(d, dv): kinds(DTYPES[problem.dtype], named) for d, dv, named in CELLS if (d, dv) in built}
     widths = (problem.head_dim, problem.value_dim)
     if widths not in listed:
         pairs = ", ".join(f"{d}/{dv}" for d, dv in listed)
@@ -137,11 +140,18 @@ def unsupported(problem: Problem) -> list[str]:
     return reasons
 
 
+def yields(problem: Problem) -> str:
+    """Why Triton is asked before these kernels: where their machine code, counted, costs more than Triton's."""
+    if isinstance(problem.pattern, Global) or kind_of(problem.pattern, problem.terms) == "kVectors":
+        return "Triton's kernels are taken before them for Global and for relative vectors, as they cost less by count"
+    return ""
+
+
 SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
 """KB of shared memory that a block may have, by compute capability; of another, as its neighbour below."""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[misc]
+@constant
 def _most_shared() -> int:
     """Bytes of shared memory of a block on the current GPU."""
     if emulate:
@@ -210,6 +220,8 @@ def _kernel(which: str) -> Callable[..., Any]:
     """An operator's function: the launch, with torch's setting for products of float32."""
 
     def run(*args: Any) -> Any:
+        if not emulate and (reason := _not_built()):
+            raise RuntimeError(f"visattn: expected the CUDA kernels for visattn::cuda_{which}, but {reason}")
         launch = getattr(torch.ops.visattn, f"cuda_launch_{which}").default
         return launch(*args, tf32_products())
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from visattn_kernels.dynamo import constant
 from visattn_kernels.ops import SCHEMAS, implement
 from visattn_kernels.patterns import Neighborhood
 from visattn_kernels.problem import Problem
@@ -49,7 +50,7 @@ def missing() -> list[str]:
     return _MISSING
 
 
-@torch.compiler.assume_constant_result  # type: ignore[misc]
+@constant
 def _no_gpu() -> str:
     """Why torch has no GPU for them, or nothing."""
     if torch.version.hip is not None:
@@ -57,7 +58,7 @@ def _no_gpu() -> str:
     return "" if torch.cuda.is_available() else "torch sees no NVIDIA GPU"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[misc]
+@constant
 def _too_old() -> str:
     """Why the current GPU cannot, or nothing; asked of tensors on a GPU alone, since the question starts CUDA."""
     major, minor = torch.cuda.get_device_capability()

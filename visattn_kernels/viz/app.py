@@ -1,4 +1,4 @@
-"""The command line: what `visattn` takes, what it prints, and how it ends."""
+"""The commands that draw: what they take, what they print, and how they end."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.text import Text
 from typer.core import TyperGroup
 
+from visattn_cli import INTERRUPTED, INTERRUPTION, printable, settle
 from visattn_kernels import backends
 from visattn_kernels.errors import expected
-from visattn_kernels.version import __version__
-from visattn_kernels.viz import compute, machine
+from visattn_kernels.viz import compute
 from visattn_kernels.viz.exits import InputError, MissingError
 
 if TYPE_CHECKING:
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 
     from visattn_kernels.viz.images import Picture
     from visattn_kernels.viz.output import Target
-
-INTERRUPTED = 130
-"""The exit code after Ctrl-C, as shells have it."""
 
 MAX_POINTS = 64
 """The most points of one `visattn map`: what a sheet holds."""
@@ -60,11 +57,8 @@ class OneLineErrors(TyperGroup):
             status = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
         except click.UsageError as error:
             where = error.ctx.command_path if error.ctx else "visattn"
-            typer.echo(f"visattn: {error.format_message()} See {where} --help", err=True)
+            typer.echo(f"visattn: {printable(error.format_message())} See {where} --help", err=True)
             status = error.exit_code
-        except OSError as error:  # the output of this process is full or gone
-            typer.echo(f"visattn: {error}", err=True)
-            status = 1
         if not standalone_mode:
             return status
         sys.exit(status if isinstance(status, int) else 0)
@@ -74,10 +68,10 @@ class OneLineErrors(TyperGroup):
         try:
             return super().invoke(ctx)
         except InputError as error:
-            typer.echo(str(error), err=True)
+            typer.echo(printable(str(error)), err=True)
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as interrupt:
-            typer.echo("visattn: interrupted, nothing was written", err=True)
+            typer.echo(INTERRUPTION, err=True)
             raise typer.Exit(INTERRUPTED) from interrupt
 
 
@@ -117,26 +111,9 @@ BackendOption = Annotated[
 ]
 
 
-@app.callback(invoke_without_command=True)
-def visattn(
-    ctx: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
-) -> None:
-    """Attention over every pixel of a picture, with no stored map."""
-    if version:
-        typer.echo(__version__)
-        raise typer.Exit
-    if ctx.invoked_subcommand is None:
-        typer.echo(ctx.get_help())
-
-
-@app.command()
-def info() -> None:
-    """Versions, instruction sets, backends, and the reason for each that is not available."""
-    for heading, lines in machine.describe():
-        _print(heading)
-        for label, text in lines:
-            _print(text, label=label, indent=2, width=16)
+@app.callback()
+def visattn() -> None:
+    """The commands that draw."""
 
 
 @app.command()
@@ -257,7 +234,7 @@ def _prepare(image: Path | None, output: str, size: str | None, sample: str | No
 
 
 def _drawing(module: str) -> ModuleType:
-    """A module of this package that needs libraries which `visattn info` must do without."""
+    """A module of this package that is imported when it is needed, since it takes its time, and may lack a library."""
     try:
         return import_module(f"visattn_kernels.viz.{module}")
     except ModuleNotFoundError as error:
@@ -356,7 +333,9 @@ def _write(target: Target, pages: Sequence[Figure], title: str) -> None:
     """Draw the figures into the file."""
     from visattn_kernels.viz.output import pdf_bytes, png_bytes
 
-    target.write(pdf_bytes(pages, title) if target.is_pdf else png_bytes(pages[0]))
+    content = pdf_bytes(pages, title) if target.is_pdf else png_bytes(pages[0])
+    settle()
+    target.write(content)
 
 
 def _print_costs(picture: Picture, manner: str, meter: compute.Meter) -> None:
@@ -384,7 +363,7 @@ def _bytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB"
 
 
-def _print(text: str, *, label: str = "", indent: int = 0, width: int = 11) -> None:
-    """One line, its label (or, without one, the whole line) in bold where colours show."""
-    line = Text(text, "bold") if not label else Text.assemble((" " * indent + label.ljust(width), "bold"), text)
+def _print(text: str, *, label: str) -> None:
+    """One line, its label in bold where colours show."""
+    line = Text.assemble((label.ljust(11), "bold"), printable(text))
     Console(soft_wrap=True, highlight=False).print(line)

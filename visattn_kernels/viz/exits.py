@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from visattn_kernels.cli import EXTRA
+from visattn_cli import EXTRA
 
 
 class InputError(Exception):

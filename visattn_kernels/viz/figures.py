@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +18,9 @@ from visattn_kernels.viz.exits import MissingError
 try:
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
+    from matplotlib.font_manager import FontProperties, findfont, get_font
     from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.textpath import TextToPath
 except ModuleNotFoundError as error:
     raise MissingError(error.name or "matplotlib", "drawing") from error
 
@@ -32,6 +37,9 @@ PANEL_AREA = 8.0
 
 MIN_WIDTH = 5.5
 """Width in inches that the captions below a figure need."""
+
+MARGIN = 0.15
+"""Inches around a figure."""
 
 CLIPPED = 0.003
 """Share of the largest numbers that products and heat maps show alike, so that the rest is not dark."""
@@ -51,7 +59,8 @@ _CHANNEL_MAPS = tuple(
 )
 _HEAT = "inferno"
 _MARK = "#00e5ff"
-_CAPTION: dict[str, Any] = {"fontsize": 10, "color": "0.35"}
+# A caption holds the name of a file, in which $ and \\ and ^ are letters.
+_CAPTION: dict[str, Any] = {"fontsize": 10, "color": "0.35", "parse_math": False, "usetex": False}
 _SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 Range = tuple[float, float]
@@ -128,7 +137,7 @@ def attend_pages(parts: Sequence[Quartet], caption: str) -> list[Figure]:
     for part in parts:
         width, height = _panel_size(part.values, 2 * PANEL_AREA)
         page = _figure(max(2 * width + 0.6, MIN_WIDTH), 2 * height + 1.6)
-        _draw_quartet(page, part, f"{part.note}\n{caption}")
+        _draw_quartet(page, part, f"{part.note}\n{caption}", page.get_figwidth())
         pages.append(page)
     return pages
 
@@ -140,14 +149,47 @@ def attend_sheet(parts: Sequence[Quartet], caption: str) -> Figure:
     sheet = _figure(max(4 * width + 1.2, 2 * MIN_WIDTH), rows * (2 * height + 1.3) + 0.3)
     cells = sheet.subfigures(rows, 2, squeeze=False, wspace=0.04, hspace=0.04).flat
     for cell, part in zip(cells, parts, strict=False):
-        _draw_quartet(cell, part, part.note)
-    sheet.supxlabel(caption, **_CAPTION)
+        _draw_quartet(cell, part, part.note, sheet.get_figwidth() / 2)
+    _write_caption(sheet, caption, sheet.get_figwidth() - 2 * MARGIN)
     return sheet
+
+
+def _write_caption(place: FigureBase, caption: str, width: float) -> None:
+    """Write lines below all, broken to a width in inches, in letters that the font has.
+
+    The others are escaped, as Python escapes them: matplotlib would warn of each, and draw a box.
+    """
+    letters = set[int]()
+    for family in FontProperties().get_family():
+        with contextlib.suppress(ValueError):
+            path = findfont(FontProperties(family=[family]), fallback_to_default=False)
+            letters |= set(get_font(path).get_charmap())
+    lines = (
+        "".join(x if ord(x) in letters else x.encode("unicode_escape").decode() for x in line)
+        for line in caption.splitlines()
+    )
+    place.supxlabel("\n".join(part for line in lines for part in _broken(line, 72 * width)), **_CAPTION)
+
+
+def _broken(line: str, width: float) -> Iterator[str]:
+    """Break a line that is wider than a width in points: at a space, or in a word that takes the half of it."""
+
+    def reach(letters: int, line: str) -> float:
+        return TextToPath().get_text_width_height_descent(
+            line[:letters], FontProperties(size=_CAPTION["fontsize"]), False
+        )[0]
+
+    while line:
+        fits = bisect_right(range(1, len(line) + 1), width, key=partial(reach, line=line)) or 1
+        space = line.rfind(" ", 0, fits + 1)
+        end = fits if fits == len(line) or space < fits / 2 else space
+        yield line[:end]
+        line = line[end:].lstrip()
 
 
 def _figure(width: float, height: float) -> Figure:
     """A figure of that size in inches, with a margin."""
-    margins = (0.15 / width, 0.15 / height, 1 - 0.3 / width, 1 - 0.3 / height)
+    margins = (MARGIN / width, MARGIN / height, 1 - 2 * MARGIN / width, 1 - 2 * MARGIN / height)
     return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(rect=margins, h_pad=0.07))
 
 
@@ -158,10 +200,10 @@ def _panel_size(values: torch.Tensor, area: float) -> tuple[float, float]:
     return width, width / aspect
 
 
-def _draw_quartet(place: FigureBase, part: Quartet, note: str) -> None:
-    """Draw the picture and its channels into a figure or a part of one."""
+def _draw_quartet(place: FigureBase, part: Quartet, note: str, width: float) -> None:
+    """Draw the picture and its channels into a figure or a part of one, of a width in inches."""
     place.suptitle(part.title, fontsize=16, fontweight="bold")
-    place.supxlabel(note, **_CAPTION)
+    _write_caption(place, note, width - 2 * MARGIN)
     panels = place.subplots(2, 2).flat
     low, high = part.whole
     colours = ((part.values - low) / max(high - low, 1e-30)).clamp(0, 1)
@@ -222,7 +264,7 @@ def map_sheet(colours: torch.Tensor, rows: Sequence[HeatMap], caption: str, area
     cells = sheet.subfigures(down, across, squeeze=False, hspace=0.03, wspace=0.03).flat
     for cell, row in zip(cells, rows, strict=False):
         _draw_row(cell, colours, row, bar_width)
-    sheet.supxlabel(caption, **_CAPTION)
+    _write_caption(sheet, caption, sheet.get_figwidth() - 2 * MARGIN)
     return sheet
 
 

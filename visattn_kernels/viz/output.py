@@ -6,6 +6,7 @@ import io
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,26 +62,59 @@ def check_target(name: str, source: Path | None) -> Target:
     path = Path(name)
     if path.suffix.lower() not in ENDINGS:
         raise expected(f"--output to end in {' or '.join(ENDINGS)}", "--output", name or "''", InputError)
+    check_place(path)
+    if source is not None and path.exists() and _readable(source) and path.samefile(source):
+        raise expected("--output to be another file than the picture read", "--output", path, InputError)
+    return Target(path)
+
+
+def check_place(path: Path, argument: str = "--output") -> None:
+    """Refuse, before any work, a place where `Target.write` could not put a file afterwards.
+
+    Args:
+        path: the file that is to be written.
+        argument: what names it.
+    """
     try:
         place = path.resolve()
         if not place.parent.is_dir():
-            raise expected("--output in a directory that exists", "--output", path, InputError)
-        if place.exists():
-            if not place.is_file():
-                raise expected("--output to be a regular file", "--output", path, InputError)
-            if source is not None and source.exists() and place.samefile(source):
-                raise expected("--output to be another file than the picture read", "--output", path, InputError)
-            if not os.access(place, os.W_OK):
-                raise expected("--output to be a file that may be written", "--output", path, InputError)
+            raise expected(f"{argument} in a directory that exists", argument, path, InputError)
+        found = _status(place)
+        if found is not None:
+            if not stat.S_ISREG(found.st_mode):
+                raise expected(f"{argument} to be a regular file", argument, path, InputError)
+            if not os.access(place, os.W_OK) or not _replaceable(found, place.parent.stat()):
+                raise expected(f"{argument} to be a file that may be written", argument, path, InputError)
         # Permissions, read-only and full disks: only trying tells.
         probe = _scratch(place)
         try:
             probe.write_bytes(b"visattn")
         finally:
             probe.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
-        raise _unwritable(path, error) from error
-    return Target(path)
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a letter that no name may have
+        raise _unwritable(path, error, argument) from error
+
+
+def _status(place: Path) -> os.stat_result | None:
+    """What a file is, or None where there is none; raises OSError where there can be none, as of too long a name."""
+    try:
+        return place.stat()
+    except FileNotFoundError:
+        return None
+
+
+def _replaceable(file: os.stat_result, folder: os.stat_result) -> bool:
+    """Whether another file may take its place: not of another user in a shared folder, such as /tmp, nor if mounted."""
+    mine = not hasattr(os, "geteuid") or os.geteuid() in (0, file.st_uid, folder.st_uid)
+    return (mine or not folder.st_mode & stat.S_ISVTX) and file.st_dev == folder.st_dev
+
+
+def _readable(source: Path) -> bool:
+    """Whether there is a file of a name, which may be no name at all."""
+    try:
+        return source.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def _scratch(place: Path) -> Path:
@@ -88,9 +122,9 @@ def _scratch(place: Path) -> Path:
     return place.with_name(f".visattn-{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
-def _unwritable(path: Path, error: Exception) -> InputError:
+def _unwritable(path: Path, error: Exception, argument: str = "--output") -> InputError:
     reason = getattr(error, "strerror", None) or str(error)
-    return expected("--output to be a file that can be written", "--output", path, InputError, f"{reason}.")
+    return expected(f"{argument} to be a file that can be written", argument, path, InputError, f"{reason}.")
 
 
 def png_bytes(figure: Figure) -> bytes:
