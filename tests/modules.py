@@ -33,8 +33,6 @@ class Row:
     """Size of the map on which copies are counted."""
     training: bool = False
     """Whether training is another computation than evaluation, with batch norm or spectral norm."""
-    moves: bool = False
-    """Whether a call in training changes the result of the next, as a power iteration does."""
     copies: int = 0
     """How many copies of a map's size the module may make beyond what its own additions and norms write."""
 
@@ -60,8 +58,10 @@ def ready(row: Row, training: bool = False, dtype: torch.dtype = torch.float64) 
                 buffer.copy_(torch.rand(buffer.shape, generator=generator, dtype=torch.float64) + 0.5)
         for part in module.modules():
             if parametrize.is_parametrized(part):  # the spectral norm of what the weight is now
-                for _ in range(20):
-                    part.train().weight  # noqa: B018
+                norm, weight = part.parametrizations.weight[0], part.parametrizations.weight.original
+                u, _, v = torch.linalg.svd(weight.flatten(1), full_matrices=False)
+                norm._u.copy_(u[:, 0])
+                norm._v.copy_(v[0])
     return module.to(dtype).train(training)
 
 

@@ -147,7 +147,6 @@ ROWS = [
         16,
         sizes=((5, 7),),
         training=True,
-        moves=True,
     ),
     Row("sagan-tutorial", lambda: vn.SAGANAttention(8, pool=1, bias=True, project=False), sagan),
     Row(

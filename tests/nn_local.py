@@ -164,17 +164,20 @@ def same_cell(length: int, size: int, shift: int = 0) -> torch.Tensor:
     return cell == cell[:, None]
 
 
+def padded(x: torch.Tensor, full: list[int]) -> torch.Tensor:
+    """The map with zeros at its end."""
+    larger = torch.zeros(*x.shape[:2], *full, dtype=x.dtype)
+    larger[:, :, : x.shape[2], : x.shape[3]] = x
+    return larger
+
+
 def window(module: vn.WindowAttention, x: torch.Tensor) -> torch.Tensor:
     sides = list(zip(x.shape[2:], module.window_size, module.shift, strict=True))
     if not module.pad:
         return packed(module, x, tuple(same_cell(n, size, shift if n > size else 0) for n, size, shift in sides))
     full = [math.ceil(n / size) * size for n, size, _ in sides]
-    padded = torch.zeros(*x.shape[:2], *full, dtype=x.dtype)
-    padded[:, :, : x.shape[2], : x.shape[3]] = x
-    y = packed(
-        module, padded, tuple(same_cell(n, size, shift) for n, (_, size, shift) in zip(full, sides, strict=True))
-    )
-    return y[:, :, : x.shape[2], : x.shape[3]]
+    seen = tuple(same_cell(n, size, shift) for n, (_, size, shift) in zip(full, sides, strict=True))
+    return packed(module, padded(x, full), seen)[:, :, : x.shape[2], : x.shape[3]]
 
 
 def swin_block(module: vn.SwinBlock, x: torch.Tensor) -> torch.Tensor:
@@ -200,8 +203,13 @@ def nearest(length: int, kernel: int, dilation: int, causal: bool) -> torch.Tens
 
 def neighborhood(module: vn.NeighborhoodAttention, x: torch.Tensor) -> torch.Tensor:
     pattern = module.pattern
-    axes = zip(x.shape[2:], pattern.kernel_size, pattern.dilation, pattern.is_causal, strict=True)
-    return packed(module, x, tuple(nearest(*axis) for axis in axes), pattern.dilation)
+    full = list(x.shape[2:])
+    if module.pad:
+        full = [max(n, k * d) for n, k, d in zip(full, pattern.kernel_size, pattern.dilation, strict=True)]
+    axes = zip(full, pattern.kernel_size, pattern.dilation, pattern.is_causal, strict=True)
+    return packed(module, padded(x, full), tuple(nearest(*axis) for axis in axes), pattern.dilation)[
+        :, :, : x.shape[2], : x.shape[3]
+    ]
 
 
 def grid(module: vn.GridAttention, x: torch.Tensor) -> torch.Tensor:
@@ -219,9 +227,7 @@ def vitdet(module: vn.ViTDetAttention, x: torch.Tensor) -> torch.Tensor:
         return packed(module, x, tuple(torch.ones(n, n, dtype=torch.bool) for n in (height, width)))
     size = module.window_size
     full = [math.ceil(n / size) * size for n in (height, width)]
-    padded = torch.zeros(*x.shape[:2], *full, dtype=x.dtype)
-    padded[:, :, :height, :width] = x
-    return packed(module, padded, tuple(same_cell(n, size) for n in full))[:, :, :height, :width]
+    return packed(module, padded(x, full), tuple(same_cell(n, size) for n in full))[:, :, :height, :width]
 
 
 HIGH = ((5, 7), (5, 4), (5, 1))
@@ -333,6 +339,12 @@ ROWS = [
         lambda: vn.NeighborhoodAttention(8, 3, is_causal=(True, False), heads=2, bias_table=False),
         neighborhood,
         sizes=((5, 7), (3, 9)),
+    ),
+    Row(
+        "neighborhood-pad",
+        lambda: vn.NeighborhoodAttention(8, (3, 5), dilation=(2, 1), pad=True, heads=2),
+        neighborhood,
+        sizes=((5, 7), (7, 4), (2, 3), (1, 9)),
     ),
     Row("grid", lambda: vn.GridAttention(8, (2, 3), heads=2), grid),
     Row("grid-block", lambda: vn.GridAttention(8, 3, partition="block", heads=2, qkv_bias=False, scale=0.7), grid),

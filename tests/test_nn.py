@@ -14,6 +14,7 @@ from nn_global import ROWS as GLOBAL_ROWS
 from nn_local import ROWS as LOCAL_ROWS
 from tolerance import GRADIENT
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import visattn_kernels as va
 import visattn_kernels.nn as vn
@@ -52,7 +53,7 @@ def test_dense(row: Row, training: bool) -> None:
             close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
 
 
-@on([(row, training) for row, training in MODES if not (row.moves and training)])
+@each_mode
 def test_gradcheck(row: Row, training: bool) -> None:
     """On the smallest map; batch statistics are updated by every call, and change no result of training."""
     module = ready(row, training)
@@ -134,6 +135,27 @@ def test_compile(row: Row, training: bool) -> None:
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     x = maps(row, row.sizes[0])[0]
     close(results(module, compiled, x), results(plain, plain, x))
+
+
+@each_mode
+def test_checkpoint(row: Row, training: bool) -> None:
+    """What is computed twice is the same: results and gradients as without checkpoints."""
+    module = ready(row, training)
+    x = maps(row, row.sizes[0])[0]
+    expected = results(module, module, x)
+    for use_reentrant in (False, True):
+        again = ready(row, training)
+        call = lambda y, m=again, way=use_reentrant: checkpoint(m, y, use_reentrant=way)
+        close(backward(again, call, x), expected)
+
+
+def backward(module: nn.Module, forward, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """As `results`, by `backward`, since reentrant checkpoints refuse `torch.autograd.grad`."""
+    leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    out = forward(leaf)
+    out.backward(normal(*out.shape, seed=5, dtype=out.dtype))
+    grads = {name: parameter.grad for name, parameter in module.named_parameters()}
+    return {"out": out.detach(), "x": leaf.grad, **grads}
 
 
 DYNAMIC = {type(row.make()): row for row in reversed(ROWS) if len(row.sizes) > 1 and "pyramid" not in row.name}

@@ -44,6 +44,19 @@ def test_bad_arguments(make, kind, message):
         make()
 
 
+def test_small_maps_of_neighborhoods():
+    """Refused, unless they are padded; a map that is large enough is not."""
+    small, large = torch.zeros(1, 8, 5, 9), torch.zeros(1, 8, 6, 9)
+    with pytest.raises(ValueError, match=r"kernel_size \* dilation <= 5, the height of the map"):
+        vn.NeighborhoodAttention(8, 3, dilation=2)(small)
+    module = vn.NeighborhoodAttention(8, 3, dilation=2, pad=True)
+    assert module(small).shape == small.shape
+    assert module.attention_map(small, [(4, 8)]).shape == (1, 1, 4, 6, 9)
+    plain = vn.NeighborhoodAttention(8, 3, dilation=2)
+    plain.load_state_dict(module.state_dict())
+    assert torch.equal(module(large), plain(large))
+
+
 def test_axial_tables_are_for_one_size():
     module = vn.AxialAttention(8, "width", heads=2, size=5)
     with pytest.raises(RuntimeError, match=r"expected x of width 5, .* but got x\.shape=\[1, 8, 5, 6\]\. A module"):

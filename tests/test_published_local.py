@@ -253,7 +253,10 @@ class PublishedNAT(nn.Module):
         return keys, (keys - place) // self.dilation + self.kernel - 1
 
     def forward(self, x):
-        _, height, width, channels = x.shape
+        _, *sides, channels = x.shape
+        window = self.kernel * self.dilation
+        x = nn.functional.pad(x, (0, 0, 0, max(0, window - sides[1]), 0, max(0, window - sides[0])))
+        height, width = x.shape[1:3]
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(3)
         rows = []
         for y in range(height):
@@ -262,11 +265,14 @@ class PublishedNAT(nn.Module):
                 logits = torch.einsum("bnd,byxnd->bnyx", q[:, y, x], k[:, ys][:, :, xs]) * q.shape[-1] ** -0.5
                 weights = (logits + self.rpb[:, dy][:, :, dx]).flatten(2).softmax(-1).unflatten(2, (len(ys), len(xs)))
                 rows.append(torch.einsum("bnyx,byxnd->bnd", weights, v[:, ys][:, :, xs]))
-        return self.proj(torch.stack(rows, 1).reshape(-1, height, width, channels))
+        y = torch.stack(rows, 1).reshape(-1, height, width, channels)
+        return self.proj(y[:, : sides[0], : sides[1]])
 
 
+@pytest.mark.parametrize("size", [(6, 7), (5, 7), (2, 1), (9, 4)], ids=str)
 @pytest.mark.parametrize("dilation", [1, 2])
-def test_nat(dilation):
+def test_nat(dilation, size):
+    """On maps that are smaller than the neighborhood too, which that layer pads."""
     theirs = random_state(PublishedNAT(8, 2, 3, dilation))
-    ours = vn.NeighborhoodAttention(8, 3, dilation=dilation, heads=2)
-    hold(on_tokens(theirs), ours, vn.NeighborhoodAttention.translate(theirs.state_dict()), normal(2, 8, 6, 7))
+    ours = vn.NeighborhoodAttention(8, 3, dilation=dilation, pad=True, heads=2)
+    hold(on_tokens(theirs), ours, vn.NeighborhoodAttention.translate(theirs.state_dict()), normal(2, 8, *size))

@@ -12,6 +12,7 @@ from visattn_kernels.errors import expected, tensor, told
 from visattn_kernels.patterns import Global, Pattern
 from visattn_kernels.problem import Problem, check_map, check_options, make_problem
 from visattn_kernels.terms import Term, cast, scales, tensors_of
+from visattn_kernels.tracing import one_node, refusing
 
 _GLOBAL = Global()
 
@@ -44,6 +45,7 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
+@one_node
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -131,6 +133,7 @@ def _autocast(terms: Sequence[Term], q: torch.Tensor) -> Sequence[Term]:
     return cast(terms, lambda x: ops.autocast(x)[0]) if isinstance(terms, Sequence) else terms
 
 
+@one_node
 def attention_map(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -207,6 +210,7 @@ def _check_inside(points: Sequence[Sequence[int]], size: tuple[int, int]) -> Non
             )
 
 
+@one_node
 def attention_received(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -247,6 +251,7 @@ def attention_received(
     return sums
 
 
+@one_node
 def merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge results over disjoint sets of keys into the result over their union, exactly.
 
@@ -342,6 +347,8 @@ def explain(
     return "\n".join(lines)
 
 
+@one_node
+@refusing
 def heads_last(x: torch.Tensor, heads: int = 1) -> torch.Tensor:
     """View an image `[B, C, H, W]` as `[B, H, W, heads, C // heads]`; never copies, in either memory format.
 
@@ -366,6 +373,7 @@ def heads_last(x: torch.Tensor, heads: int = 1) -> torch.Tensor:
     return x.view(batch, heads, channels // heads, height, width).permute(0, 3, 4, 1, 2)
 
 
+@one_node
 def channels_first(y: torch.Tensor) -> torch.Tensor:
     """View `[B, H, W, heads, D]` as an image `[B, heads * D, H, W]`, the inverse of `heads_last`.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 
@@ -34,10 +34,10 @@ def told(value: object) -> str:
 
 
 def tensor(value: object, argument: str) -> torch.Tensor:
-    """Return `value` if it is a tensor, else raise TypeError."""
-    if not isinstance(value, torch.Tensor):
+    """Return `value` if it is a tensor, or a proxy of torch.fx, which will be one; else raise TypeError."""
+    if not isinstance(value, (torch.Tensor, torch.fx.Proxy)):
         raise expected(f"{argument} to be a torch.Tensor", argument, type(value).__name__, TypeError)
-    return value
+    return cast(torch.Tensor, value)
 
 
 def strided(value: object, argument: str) -> torch.Tensor:

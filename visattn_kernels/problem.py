@@ -11,6 +11,7 @@ import torch
 from visattn_kernels.errors import expected, same, strided, told
 from visattn_kernels.patterns import Pattern, Size
 from visattn_kernels.terms import Term
+from visattn_kernels.tracing import refusing
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """The dtypes that q, k and v may have."""
@@ -72,6 +73,7 @@ class Problem:
         )
 
 
+@refusing
 def check_map(
     value: object, argument: str, hint: str = "heads_last(x, heads) makes this view of an image [B, C, H, W]."
 ) -> torch.Tensor:
@@ -151,6 +153,7 @@ def check_options(pattern: object, scale: object, terms: object) -> None:
         raise expected("at most one term of each kind", "terms", f"({', '.join(names)})", ValueError)
 
 
+@refusing
 def make_problem(
     q: torch.Tensor,
     k: torch.Tensor,

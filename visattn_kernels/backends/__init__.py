@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from visattn_kernels.backends import cpu, cuda, reference, triton
 from visattn_kernels.errors import expected, told
 from visattn_kernels.problem import Problem
+from visattn_kernels.tracing import refusing
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def in_order(problem: Problem) -> list[Backend]:
     return [backend for rank in range(3) for backend, its in zip(REGISTRY, ranks, strict=True) if its == rank]
 
 
+@refusing
 def choose(problem: Problem, name: str) -> str:
     """The name of the backend that runs `problem`.
 
@@ -94,4 +96,4 @@ def _warn_once(name: str, why: str) -> None:
     """Say once per reason that a slow backend was taken."""
     if why not in _warned:
         _warned.add(why)
-        warnings.warn(f"visattn: falling back to the {name} backend, which stores the whole map ({why})", stacklevel=4)
+        warnings.warn(f"visattn: falling back to the {name} backend, which stores the whole map ({why})", stacklevel=6)

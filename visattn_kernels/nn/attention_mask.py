@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from visattn_kernels.errors import expected
-from visattn_kernels.nn.common import choice, count, image, without_autocast
+from visattn_kernels.nn.common import Layer, choice, count, image, without_autocast
+from visattn_kernels.tracing import one_node, refusing
 
 
 def _over_positions(scores: torch.Tensor) -> torch.Tensor:
@@ -24,7 +25,7 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-class SpatialAttentionMask(nn.Module):
+class SpatialAttentionMask(Layer):
     """Multiply every position by a weight of its own.
 
         m = act(W x),  or  act(W relu(W_1 x)) with `hidden_channels`
@@ -74,7 +75,7 @@ class SpatialAttentionMask(nn.Module):
         return f"activation={self.activation!r}"
 
 
-class MultiHeadAttentionMask(nn.Module):
+class MultiHeadAttentionMask(Layer):
     """Several masks over one map, each of which pools its own features.
 
         m_h = act(W x)_h,  or  act(W relu(W_1 x))_h with `hidden_channels`
@@ -151,6 +152,7 @@ def _scores(channels: int, hidden_channels: int | None, heads: int) -> nn.Sequen
     return nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, heads, 1))
 
 
+@one_node
 def masked_pool(x: torch.Tensor, masks: torch.Tensor, *, normalize: bool = False) -> torch.Tensor:
     """The features of a map summed under each mask: one matrix product.
 
@@ -170,14 +172,19 @@ def masked_pool(x: torch.Tensor, masks: torch.Tensor, *, normalize: bool = False
     Memory:
         The result; never [B, M, C, H, W].
     """
-    x, masks = image(x), image(masks, argument="masks")
-    if (x.shape[0], *x.shape[2:]) != (masks.shape[0], *masks.shape[2:]):
-        shapes = f"{list(x.shape)} and masks.shape={list(masks.shape)}"
-        raise expected("x [B, C, H, W] and masks [B, M, H, W] of one size", "x.shape", shapes, RuntimeError)
+    _check_size(image(x), image(masks, argument="masks"))
     flat = masks.flatten(2)  # [B, M, H * W]
     return (_shares(flat) if normalize else flat) @ x.flatten(2).transpose(1, 2)
 
 
+@refusing
+def _check_size(x: torch.Tensor, masks: torch.Tensor) -> None:
+    if (x.shape[0], *x.shape[2:]) != (masks.shape[0], *masks.shape[2:]):
+        shapes = f"{list(x.shape)} and masks.shape={list(masks.shape)}"
+        raise expected("x [B, C, H, W] and masks [B, M, H, W] of one size", "x.shape", shapes, RuntimeError)
+
+
+@one_node
 def diversity_loss(masks: torch.Tensor, *, norm: str = "sqrt") -> torch.Tensor:
     """How much masks overlap: the mean over the batch of a penalty of each image.
 

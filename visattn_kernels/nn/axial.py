@@ -11,6 +11,7 @@ from visattn_kernels.attention import attention, attention_map, channels_first, 
 from visattn_kernels.errors import expected
 from visattn_kernels.nn.common import (
     BatchNorm2d,
+    Layer,
     as_convolution,
     averaged,
     by_reach,
@@ -24,12 +25,13 @@ from visattn_kernels.nn.common import (
 )
 from visattn_kernels.patterns import AXES, Column, Row
 from visattn_kernels.terms import RelativeKey, RelativeQuery, RelativeValue, Term
+from visattn_kernels.tracing import refusing
 
 POSITIONS = ("none", "q", "k", "v", "qk", "qv", "kv", "qkv")
 """Which position terms an axial attention has."""
 
 
-class AxialAttention(nn.Module):
+class AxialAttention(Layer):
     """Attention of every position to its own row or column, with positions in the logits and in the values.
 
         q, k, v = BN(W_qkv x)
@@ -157,11 +159,7 @@ class AxialAttention(nn.Module):
     def _heads(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """q, k and v, views of one projection."""
         x = image(x, self.channels)
-        length = x.shape[2 + AXES.index(self.axis)]
-        if self._letters() and self.pattern.span is None and length != self.size:
-            rule = f"x of {self.axis} {self.size}, which the tables are made for"
-            hint = "A module with a span takes any size."
-            raise expected(rule, "x.shape", list(x.shape), RuntimeError, hint)
+        self._check_size(x)
         if self.norm_qkv is None or self.norm_qkv.training:
             qkv = self.qkv(x) if self.norm_qkv is None else self.norm_qkv(self.qkv(x))
         else:  # one map less
@@ -170,13 +168,21 @@ class AxialAttention(nn.Module):
             qkv = nn.functional.conv2d(x, self.qkv.weight * factor[:, None, None, None], shift)
         return torch.split(heads_last(qkv, self.heads), list(self.widths), -1)
 
+    @refusing
+    def _check_size(self, x: torch.Tensor) -> None:
+        length = x.shape[2 + AXES.index(self.axis)]
+        if self._letters() and self.pattern.span is None and length != self.size:
+            rule = f"x of {self.axis} {self.size}, which the tables are made for"
+            hint = "A module with a span takes any size."
+            raise expected(rule, "x.shape", list(x.shape), RuntimeError, hint)
+
     def _logits(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[Term]]:
         """q, k and the score terms with the norms in them."""
         rel_q: torch.Tensor | None = self.relative_query
         rel_k: torch.Tensor | None = self.relative_key
         if self.norm_logits is not None:
             moments = self._moments(q, k) if self.norm_logits.training and len(q) else None
-            of_qk, *others = self.norm_logits(moments).to(q.dtype)[..., None]  # each [heads, 1]
+            of_qk, *others = self.norm_logits(moments).to(q.dtype)[..., None].unbind()  # each [heads, 1]
             rel_q = None if rel_q is None else rel_q * others[0][:, None]
             rel_k = None if rel_k is None else rel_k * others[-1][:, None]
             if rel_q is None:
@@ -307,7 +313,7 @@ def _sliding(x: torch.Tensor, dim: int, width: int) -> torch.Tensor:
     return prefix.narrow(dim, width, count) - prefix.narrow(dim, 0, count)
 
 
-class AxialBlock(nn.Module):
+class AxialBlock(Layer):
     """The residual block of Axial-DeepLab: attention along the height, then the width, in fewer channels.
 
         y = relu(s(x) + BN(W_up relu(width(height(relu(BN(W_down x)))))))

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from visattn_kernels.attention import attention, attention_map, channels_first, heads_last
-from visattn_kernels.nn.common import count, image, renamed, scaled, zero_factor
+from visattn_kernels.nn.common import Layer, count, image, renamed, scaled, zero_factor
 from visattn_kernels.patterns import CrissCross
 
 _PATTERN = CrissCross()
 
 
-class CrissCrossAttention(nn.Module):
+class CrissCrossAttention(Layer):
     """Every position looks at its row and its column; twice, and it has heard of the whole map.
 
         q = W_q x,  k = W_k x,  v = W_v x

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,8 +15,46 @@ from visattn_kernels.attention import attention, attention_map, channels_first, 
 from visattn_kernels.errors import expected, strided, told
 from visattn_kernels.patterns import Pattern
 from visattn_kernels.terms import Term
+from visattn_kernels.tracing import lacking, proxy_in, recording, refusing, surely
 
 
+class Layer(nn.Module):
+    """A module whose public methods are one node each of the graphs that torch.fx traces, as torch's own modules are.
+
+    torch.fx looks into every module that is not of `torch.nn`, unless it is told otherwise.
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name, method in list(vars(cls).items()):
+            if inspect.isfunction(method) and not name.startswith("_"):
+                setattr(cls, name, _one_node(method))
+
+    @property
+    def itself(self) -> Layer:
+        """The module: the path to it in a graph of the module alone."""
+        return self
+
+
+def _one_node(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, but for proxies of torch.fx, of which it makes a node."""
+
+    @wraps(method)
+    def call(self: Layer, *args: Any, **kwargs: Any) -> Any:
+        proxy = proxy_in((*args, *kwargs.values()))
+        if proxy is None:
+            return method(self, *args, **kwargs)
+        tracer = cast(torch.fx.Tracer, proxy.tracer)
+        path = tracer.path_of_module(self) or "itself"
+        if method.__name__ == "forward":
+            return tracer.create_proxy("call_module", path, args, kwargs)
+        module = tracer.create_proxy("get_attr", path, (), {})
+        return tracer.create_proxy("call_method", method.__name__, (module, *args), kwargs)
+
+    return call
+
+
+@refusing
 def image(x: object, channels: int | None = None, argument: str = "x") -> torch.Tensor:
     """Return `x` if it is an image `[B, channels, H, W]`, of any channels with None, else raise an error.
 
@@ -93,6 +132,7 @@ def averaged(x: torch.Tensor, stride: int) -> torch.Tensor:
     return x if stride == 1 else nn.functional.avg_pool2d(_at_least(x, stride), stride)
 
 
+@refusing
 def _at_least(x: torch.Tensor, side: int) -> torch.Tensor:
     if x.shape[2] < side or x.shape[3] < side:
         sides = f"{x.shape[2]}×{x.shape[3]}"
@@ -178,7 +218,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102
-        ambiguous = 1 in (x.shape[0], *x.shape[2:])
+        ambiguous = recording() or 1 in (x.shape[0], *x.shape[2:])
         y: torch.Tensor = super().forward(x.flatten(2) if ambiguous else x)
         return y.view(x.shape) if ambiguous else y
 
@@ -186,7 +226,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         """Sequences are fine."""
 
 
-class PackedAttention(nn.Module):
+class PackedAttention(Layer):
     """What the transformers' layers have in common: one convolution for q, k and v, and one for the result.
 
         y = W_o attention(W_q x, W_k x, W_v x)
@@ -198,8 +238,8 @@ class PackedAttention(nn.Module):
         heads: number of heads; divides C.
         qkv_bias: whether the first convolution has a bias; the second has one.
         scale: factor of q·k; None means `1/sqrt(C // heads)`.
-        multiple: what the sides of the map are padded to a multiple of, at its end, with zeros before the projection:
-            what is padded has the biases for keys and values, and takes part.
+        least, multiple: what the sides of the map are padded to, and to a multiple of, at its end, with zeros before
+            the projection: what is padded has the biases for keys and values, and takes part.
         backend: as in `attention`.
     """
 
@@ -210,13 +250,16 @@ class PackedAttention(nn.Module):
         *,
         qkv_bias: bool,
         scale: float | None,
+        least: tuple[int, int] = (1, 1),
         multiple: tuple[int, int] = (1, 1),
         backend: str,
     ) -> None:
         super().__init__()
         self.channels, self.heads = count(channels, "channels"), heads
         self.head_dim = share(channels, heads)
-        self.scale, self.multiple, self.backend = scale, multiple, backend
+        self.scale, self.backend = scale, backend
+        self.least, self.multiple = least, multiple
+        self.padded = max(*least, *multiple) > 1
         self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=qkv_bias)
         self.proj = nn.Conv2d(channels, channels, 1)
 
@@ -225,7 +268,8 @@ class PackedAttention(nn.Module):
         q, k, v = self._heads(x)
         pattern, terms = self._geometry(*q.shape[1:3])
         y = attention(q, k, v, pattern, scale=self.scale, terms=terms, backend=self.backend)
-        return self.proj(channels_first(y))[..., : x.shape[2], : x.shape[3]]  # type: ignore[no-any-return]
+        out: torch.Tensor = self.proj(channels_first(y))
+        return _cropped(out, x) if self.padded else out
 
     def attention_map(self, x: torch.Tensor, at: Sequence[tuple[int, int]] | torch.Tensor) -> torch.Tensor:
         """The map's rows of the positions `at`, points (y, x): `[B, len(at), heads, H, W]`, float32.
@@ -239,10 +283,25 @@ class PackedAttention(nn.Module):
     def _heads(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """q, k and v, views of the convolution's output."""
         x = image(x, self.channels)
-        bottom, right = (-side % multiple for side, multiple in zip(x.shape[2:], self.multiple, strict=True))
-        x = nn.functional.pad(x, (0, right, 0, bottom)) if bottom or right else x
+        if self.padded:
+            bottom, right = map(_padding, x.shape[2:], self.least, self.multiple)
+            if not (surely(bottom == 0) and surely(right == 0)):
+                x = nn.functional.pad(x, (0, right, 0, bottom))
         return tuple(heads_last(part, self.heads) for part in self.qkv(x).chunk(3, 1))
 
     def _geometry(self, height: int, width: int) -> tuple[Pattern, tuple[Term, ...]]:
         """The pattern and the terms on a map of this size."""
         raise NotImplementedError
+
+
+def _padding(side: int, least: int, multiple: int) -> int:
+    """What a side lacks of a multiple that is no less than the least."""
+    lack = lacking(side, least) if least > 1 else 0
+    return lack + -(side + lack) % multiple
+
+
+def _cropped(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The beginning of a map, as large as x."""
+    if torch.compiler.is_exporting():  # a view would hold the graph to sizes that are padded, or to those that are not
+        return nn.functional.pad(out, (0, x.shape[3] - out.shape[3], 0, x.shape[2] - out.shape[2]))
+    return out[..., : x.shape[2], : x.shape[3]]

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from visattn_kernels.attention import attention, attention_map, channels_first, heads_last
-from visattn_kernels.nn.common import count, image, renamed, scaled, without_autocast, zero_factor
+from visattn_kernels.nn.common import Layer, count, image, renamed, scaled, without_autocast, zero_factor
 
 
-class DANetPositionAttention(nn.Module):
+class DANetPositionAttention(Layer):
     """Every position looks at all others.
 
         q = W_q x,  k = W_k x,  v = W_v x
@@ -75,7 +75,7 @@ class DANetPositionAttention(nn.Module):
         return {**ours, "gamma": ours["gamma"].reshape(1)}
 
 
-class DANetChannelAttention(nn.Module):
+class DANetChannelAttention(Layer):
     """Every channel gathers from those that are least alike to it.
 
         E = X Xᵀ,  X = x as [C, H * W]

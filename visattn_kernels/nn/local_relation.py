@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from visattn_kernels.attention import attention, attention_map, channels_first, heads_last
-from visattn_kernels.nn.common import by_reach, choice, count, image, share
+from visattn_kernels.nn.common import Layer, by_reach, choice, count, image, share
 from visattn_kernels.patterns import Neighborhood
 from visattn_kernels.terms import KeyBias, RelativeBias, Term
 
 
-class LocalRelation(nn.Module):
+class LocalRelation(Layer):
     """An adaptive convolution: weights from how alike two positions are, and from how they lie to one another.
 
         y_i = W_o sum_j softmax_j(s(q_i, k_j) + g(j - i)) x_j

@@ -24,6 +24,9 @@ class NeighborhoodAttention(PackedAttention):
         kernel_size: k, an integer or a pair (h, w).
         dilation: how far apart the positions are, an integer or a pair; 1 is NAT, more is DiNAT.
         is_causal: whether the neighborhood ends at the position, a bool or a pair.
+        pad: whether a map smaller than `kernel_size * dilation` is padded to that at its end, with zeros before the
+            projection, so that what is padded has the biases for keys and values, and takes part: NATTEN's layer to
+            0.17. Without, such a map is refused.
         heads: number of heads; divides C.
         bias_table: whether there is b.
         qkv_bias: whether the projection to q, k and v has a bias.
@@ -31,15 +34,16 @@ class NeighborhoodAttention(PackedAttention):
         backend: as in `attention`.
 
     Shape:
-        x (Tensor[B, C, H, W]), in either memory format; the result in channels-last. `kernel_size * dilation` must not
-        exceed the map: NAT's published code pads a smaller one with zeros, which a caller may do too.
+        x (Tensor[B, C, H, W]), in either memory format; the result in channels-last, cut out of a larger one where the
+        map was padded.
 
     Raises:
-        TypeError, ValueError: an argument is no integer or too small; the map is too small.
+        TypeError, ValueError: an argument is no integer or too small; the map is too small, without `pad`.
         RuntimeError: x is no map of C channels.
 
     Memory:
-        The projections, and what `attention` takes. Never k² numbers for a position.
+        The projections, and what `attention` takes; a padded copy of a map that is too small. Never k² numbers for a
+        position.
 
     References:
         Hassani et al., 2023, equations 2 to 4; Hassani and Shi, 2022, for the dilation.
@@ -52,15 +56,19 @@ class NeighborhoodAttention(PackedAttention):
         *,
         dilation: int | tuple[int, int] = 1,
         is_causal: bool | tuple[bool, bool] = False,
+        pad: bool = False,
         heads: int = 4,
         bias_table: bool = True,
         qkv_bias: bool = True,
         scale: float | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(channels, heads, qkv_bias=qkv_bias, scale=scale, backend=backend)
-        self.pattern = Neighborhood(kernel_size, dilation, is_causal=is_causal)
-        height, width = pair(self.pattern.kernel_size)
+        pattern = Neighborhood(kernel_size, dilation, is_causal=is_causal)
+        height, width = pair(pattern.kernel_size)
+        steps = pair(pattern.dilation)
+        least = (height * steps[0], width * steps[1]) if pad else (1, 1)
+        super().__init__(channels, heads, qkv_bias=qkv_bias, scale=scale, least=least, backend=backend)
+        self.pad, self.pattern = pad, pattern
         table = nn.Parameter(torch.empty(heads, 2 * height - 1, 2 * width - 1)) if bias_table else None
         self.bias_table = table if table is None else nn.init.trunc_normal_(table, std=0.02)
 
@@ -75,4 +83,4 @@ class NeighborhoodAttention(PackedAttention):
 
     def extra_repr(self) -> str:
         """What is not seen in the convolutions."""
-        return f"{self.pattern}, heads={self.heads}"
+        return f"{self.pattern}, pad={self.pad}, heads={self.heads}"

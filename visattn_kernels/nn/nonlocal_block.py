@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from visattn_kernels.attention import attention, attention_map, channels_first, heads_last
-from visattn_kernels.nn.common import BatchNorm2d, choice, count, image, pooled, renamed
+from visattn_kernels.nn.common import BatchNorm2d, Layer, choice, count, image, pooled, renamed
 
 
-class NonLocalBlock(nn.Module):
+class NonLocalBlock(Layer):
     """Every position gathers from all others, or from all of the pooled map, beside a residual connection.
 
         theta = W_theta x,  phi = W_phi pool(x),  g = W_g pool(x)

@@ -9,13 +9,14 @@ from torch import nn
 
 from visattn_kernels.attention import attention, attention_map, channels_first, heads_last, points_in
 from visattn_kernels.errors import expected, told
-from visattn_kernels.nn.common import BatchNorm2d, choice, count, image, pooled, renamed
+from visattn_kernels.nn.common import BatchNorm2d, Layer, choice, count, image, pooled, renamed
 from visattn_kernels.patterns import Window
+from visattn_kernels.tracing import frozen
 
 _ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU}
 
 
-class OCNetBlock(nn.Module):
+class OCNetBlock(Layer):
     """The context of each position: a sum of what is alike to it, over the map or over its region.
 
         k = act(BN(W_k x)),  v = W_v x
@@ -82,7 +83,7 @@ class OCNetBlock(nn.Module):
         k, v = heads_last(self.key(seen)), heads_last(self.value(seen))
         if self.regions == 1:
             return self._enlarged(attention(k, k, v, backend=self.backend), x)
-        rows, columns = (_strips(size, self.regions) for size in k.shape[1:3])
+        rows, columns = (_strips(size, self.regions) for size in self._sides(k))
         strips = [
             _joined([self._attend(k[:, ys, xs], v[:, ys, xs], (height, width)) for xs, width in columns], 2)
             for ys, height in rows
@@ -96,6 +97,10 @@ class OCNetBlock(nn.Module):
             return out
         return nn.functional.interpolate(out, x.shape[2:], mode="bilinear", align_corners=True)
 
+    def _sides(self, k: torch.Tensor) -> tuple[int, ...]:
+        """Those of the map, as numbers that windows are made of: a graph is for maps of one size."""
+        return tuple(map(int, frozen("the regions of OCNetBlock", *k.shape[1:3])))
+
     def _attend(self, k: torch.Tensor, v: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
         return attention(k, k, v, Window(window), backend=self.backend)
 
@@ -107,16 +112,17 @@ class OCNetBlock(nn.Module):
         k = heads_last(self.key(pooled(image(x, self.channels), self.pool)))
         if self.regions == 1:
             return attention_map(k, k, at, backend=self.backend).squeeze(2)
-        for size in k.shape[1:3]:
+        height, width = self._sides(k)
+        for size in (height, width):
             _strips(size, self.regions)  # refuses a map with too few
         rows = [attention_map(k, k, [], backend=self.backend).squeeze(2)]
-        for point in points_in(at, (k.shape[1], k.shape[2])).tolist():
+        for point in points_in(at, (height, width)).tolist():
             (top, bottom), (left, right) = (
-                _region(i, size, self.regions) for i, size in zip(point, k.shape[1:3], strict=True)
+                _region(i, size, self.regions) for i, size in zip(point, (height, width), strict=True)
             )
             own = k[:, top:bottom, left:right]
             row = attention_map(own, own, [(point[0] - top, point[1] - left)], backend=self.backend).squeeze(2)
-            rows.append(nn.functional.pad(row, (left, k.shape[2] - right, top, k.shape[1] - bottom)))
+            rows.append(nn.functional.pad(row, (left, width - right, top, height - bottom)))
         return torch.cat(rows, 1)
 
     @staticmethod
@@ -166,7 +172,7 @@ def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-class BaseOC(nn.Module):
+class BaseOC(Layer):
     """A map fused with its object context.
 
         y = dropout(act(BN(W [context(x), x])))
@@ -239,7 +245,7 @@ class BaseOC(nn.Module):
         return _translated(state, {**names, "conv_bn_dropout": "fuse"}, inplace_abn)
 
 
-class PyramidOC(nn.Module):
+class PyramidOC(Layer):
     """A map fused with its object context over regions of several sizes; `contexts` holds the `OCNetBlock`s.
 
         y = dropout(act(BN(W [act(BN(W_u x)), context_1(x), context_2(x), ...])))

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrizations import spectral_norm as with_spectral_norm
 
 from visattn_kernels.attention import attention, attention_map, channels_first, heads_last
 from visattn_kernels.errors import expected
-from visattn_kernels.nn.common import choice, count, image, pooled, renamed, scaled, zero_factor
+from visattn_kernels.nn.common import Layer, choice, count, image, pooled, renamed, scaled, zero_factor
+from visattn_kernels.nn.spectral_norm import spectral_norm as with_spectral_norm
 
 
-class SAGANAttention(nn.Module):
+class SAGANAttention(Layer):
     """Self-attention of a GAN's feature map: every position looks at all others, or at all of the pooled map.
 
         f = W_f x,  g = pool(W_g x),  h = pool(W_h x)
@@ -32,7 +32,8 @@ class SAGANAttention(nn.Module):
             of C channels.
         softmax_over: "keys", or "queries": the weights of a position then sum to 1 over the positions that look at it,
             not over those it looks at, as one tutorial has it. That is the same layer with queries and keys exchanged.
-        spectral_norm: put torch's spectral norm around the convolutions (Miyato et al., 2018), as the paper does.
+        spectral_norm: divide the convolutions' weights by their spectral norms, as the paper does (Miyato et al.,
+            2018). In training the power method takes a step for each update of a weight; torch's for each use.
         backend: as in `attention`.
 
     Shape:
@@ -142,7 +143,7 @@ def _as_it_is(layer: nn.Conv2d) -> nn.Conv2d:
     return layer
 
 
-class WeightlessSelfAttention(nn.Module):
+class WeightlessSelfAttention(Layer):
     """Self-attention without a weight: queries, keys and values are the map itself.
 
         y_i = sum_j softmax_j(scale * x_i·x_j) x_j

@@ -9,12 +9,12 @@ from torch import nn
 
 from visattn_kernels.attention import attention, attention_map, channels_first, heads_last
 from visattn_kernels.errors import expected
-from visattn_kernels.nn.common import averaged, by_reach, choice, count, image, renamed, share
+from visattn_kernels.nn.common import Layer, averaged, by_reach, choice, count, image, renamed, share
 from visattn_kernels.patterns import Neighborhood
 from visattn_kernels.terms import RelativeQuery
 
 
-class StandAloneSelfAttention(nn.Module):
+class StandAloneSelfAttention(Layer):
     """Attention in place of a convolution: every position looks at the k × k positions around it.
 
         y_i = sum_j softmax_j(scale * (q_i·k_j + q_i·r[j - i])) v_j

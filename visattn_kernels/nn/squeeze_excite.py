@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from visattn_kernels.nn.common import choice, convolutions, count, image, renamed
+from visattn_kernels.nn.common import Layer, choice, convolutions, count, image, renamed
 
 
 def _hard_sigmoid(x: torch.Tensor) -> torch.Tensor:
@@ -25,7 +25,7 @@ _GATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-class SqueezeExcite(nn.Module):
+class SqueezeExcite(Layer):
     """Multiply each channel by a weight that depends on the means of all channels.
 
         s = gate(W_2 act(W_1 mean(x)))

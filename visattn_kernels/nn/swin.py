@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from visattn_kernels.nn.common import PackedAttention, as_convolution, by_head, count, image, pair, renamed
+from visattn_kernels.nn.common import Layer, PackedAttention, as_convolution, by_head, count, image, pair, renamed
 from visattn_kernels.patterns import Pattern, Window
 from visattn_kernels.terms import RelativeBias, Term
+from visattn_kernels.tracing import frozen
 
 
 class WindowAttention(PackedAttention):
@@ -71,9 +72,14 @@ class WindowAttention(PackedAttention):
         nn.init.trunc_normal_(self.bias_table, std=0.02)
 
     def _geometry(self, height: int, width: int) -> tuple[Pattern, tuple[Term, ...]]:
-        sides = zip(self.shift, self.window_size, (height, width), strict=True)
-        first, second = (0 if length <= size and not self.pad else shift for shift, size, length in sides)
-        return Window(self.window_size, (first, second)), (RelativeBias(self.bias_table),)
+        shift = self.shift
+        if max(shift) and not self.pad:
+            what = "the shift of WindowAttention, which ends where a window covers an axis"
+            height, width = frozen(what, height, width)
+            axes = zip(shift, self.window_size, (height, width), strict=True)
+            first, second = (0 if start and length <= size else start for start, size, length in axes)
+            shift = first, second
+        return Window(self.window_size, shift), (RelativeBias(self.bias_table),)
 
     @staticmethod
     def translate(
@@ -100,7 +106,7 @@ _NAMES = {
 }
 
 
-class SwinBlock(nn.Module):
+class SwinBlock(Layer):
     """Swin's block: window attention and a net on each position, both residual, both after a layer norm.
 
         y = x + attention(LN(x)),    z = y + W_2 gelu(W_1 LN(y))

@@ -9,10 +9,10 @@ from torch import nn
 
 from visattn_kernels.attention import attention, attention_map, channels_first, heads_last
 from visattn_kernels.errors import expected, told
-from visattn_kernels.nn.common import convolutions, count, image, renamed, share
+from visattn_kernels.nn.common import Layer, convolutions, count, image, renamed, share
 
 
-class VAEAttention(nn.Module):
+class VAEAttention(Layer):
     """Every position looks at all others, with one head of all channels.
 
         h = GroupNorm(x),  q = W_q h,  k = W_k h,  v = W_v h

@@ -11,6 +11,7 @@ from visattn_kernels.errors import expected
 from visattn_kernels.nn.common import PackedAttention, as_convolution, count, pair, renamed
 from visattn_kernels.patterns import Global, Pattern, Window
 from visattn_kernels.terms import RelativeQuery, Term
+from visattn_kernels.tracing import surely
 
 
 class ViTDetAttention(PackedAttention):
@@ -93,6 +94,6 @@ class ViTDetAttention(PackedAttention):
 
 def _resized(table: torch.Tensor, entries: int) -> torch.Tensor:
     """A table interpolated to this many entries."""
-    if len(table) == entries:
+    if surely(table.shape[0] == entries):
         return table
     return nn.functional.interpolate(table.T[None], entries, mode="linear")[0].T
