@@ -57,14 +57,14 @@ def main() -> NoReturn:
         except SystemExit as end:  # of argparse: the help, the version, or a refusal
             status = int(end.code or 0)
         sys.stdout.flush()
-        settle()
+        _ignore()
     except OSError as error:  # the output of this process is full or gone
-        print(f"visattn: {error}", file=sys.stderr)
+        print(f"visattn: {printable(str(error))}", file=sys.stderr)
         # Python writes what is left of it when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except KeyboardInterrupt:
-        settle()
+        _ignore()
         print(INTERRUPTION, file=sys.stderr)
         status = INTERRUPTED
     sys.exit(status)
@@ -189,6 +189,12 @@ def careful() -> Iterator[None]:
 
 
 def settle() -> None:
-    """Take no interrupt from here on, so that what is said to be done is what was done."""
+    """End here if an interrupt was lost, and take none from here on: what is said to be done is then what was done."""
+    _ignore()
+    if _interrupted:
+        raise KeyboardInterrupt
+
+
+def _ignore() -> None:
     if signal.getsignal(signal.SIGINT) is _interrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -325,7 +325,7 @@ except KeyboardInterrupt:
     ],
 )
 def test_ctrl_c_while_a_library_loads(folder, photo, name, how):
-    """A signal at the import of a library: its exception reaches us, or becomes another, or is lost on the way."""
+    """A signal at the import of a library, where an exception would reach us, or become another, or be lost."""
     before = f"""
 class Interrupt:
     def find_spec(self, name, path=None, target=None):
@@ -349,7 +349,10 @@ def test_ctrl_c_in_a_careful_block(monkeypatch, becomes):
         except KeyboardInterrupt:
             if becomes:
                 raise becomes from None
+    with pytest.raises(KeyboardInterrupt):
+        visattn_cli.settle()
     monkeypatch.setattr(visattn_cli, "_interrupted", False)
+    visattn_cli.settle()
     with pytest.raises(SystemError), visattn_cli.careful():
         raise SystemError
     assert visattn_cli._careful == 0
