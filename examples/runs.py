@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import torch
 import typer
@@ -29,6 +28,7 @@ from benchmarks.peak import peak_of
 from visattn_cli import printable
 from visattn_kernels.backends import cpu
 from visattn_kernels.errors import expected
+from visattn_kernels.viz.app import UsageError
 from visattn_kernels.viz.exits import InputError
 from visattn_kernels.viz.output import Target, check_place
 
@@ -276,13 +276,13 @@ def command(main: Callable[..., None]) -> None:
     app.command()(main)
     try:
         status = app(standalone_mode=False)
-    except click.UsageError as error:
+    except UsageError as error:
         message, status = f"{error.format_message()} See --help.", error.exit_code
     except (ValueError, InputError) as error:
         if not str(error).startswith("visattn: "):
             raise
         message, status = str(error), InputError.exit_code
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         message, status = (
             "interrupted; a run goes on from its last checkpoint, if it has one and there is no --fresh",
             130,

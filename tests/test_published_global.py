@@ -85,3 +85,22 @@ def test_se_module_of_timm(bias):
 def test_squeeze_excite_of_torchvision(scale, gate):
     theirs = published("torchvision.ops", "SqueezeExcitation")(16, 4, nn.ReLU, scale)
     hold(theirs, vn.SqueezeExcite(16, reduction=4, gate=gate), 16)
+
+
+def test_feature_extraction_of_torchvision():
+    """Our modules are nodes of its graphs, by the names that they have in the model, and give what hooks see."""
+    extractor = published("torchvision.models.feature_extraction", "create_feature_extractor")
+    model = nn.Sequential()
+    model.stem = nn.Conv2d(3, 16, 3, stride=2, padding=1)
+    model.stage = nn.Sequential(vn.SwinBlock(16, 3, shift=1, heads=2), vn.SAGANAttention(16, spectral_norm=True))
+    model.last = vn.NonLocalBlock(16)
+    model = ready(Row("model", lambda: model, None))
+    seen = {}
+    for name in ("stage.0", "stage.1", "last"):
+        model.get_submodule(name).register_forward_hook(lambda _, x, y, name=name: seen.update({name: y.detach()}))
+    features = extractor(model, {"stage.0": "first", "stage.1": "second", "last": "third"})
+    for height, width in ((12, 9), (7, 14)):
+        x = normal(2, 3, height, width)
+        out = model(x).detach()
+        got = {name: y.detach() for name, y in features(x).items()}
+        close(got, dict(zip(("first", "second", "third"), (seen["stage.0"], seen["stage.1"], out), strict=True)), 0)

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import torch
 import typer
 from rich.console import Console
@@ -32,6 +31,10 @@ if TYPE_CHECKING:
 
     from visattn_kernels.viz.images import Picture
     from visattn_kernels.viz.output import Target
+
+# typer has a click of its own, or takes the installed one, by its version; this class it has of either.
+UsageError: type[typer.BadParameter] = typer.BadParameter.__base__  # type: ignore[assignment]
+"""What typer raises of options that it does not take."""
 
 MAX_POINTS = 64
 """The most points of one `visattn map`: what a sheet holds."""
@@ -52,10 +55,10 @@ class OneLineErrors(TyperGroup):
         windows_expand_args: bool = True,
         **extra: Any,
     ) -> Any:
-        """Run, turning click's own complaints (an unknown option, say) into one line too."""
+        """Run, turning typer's own complaints (an unknown option, say) into one line too."""
         try:
             status = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
-        except click.UsageError as error:
+        except UsageError as error:
             where = error.ctx.command_path if error.ctx else "visattn"
             typer.echo(f"visattn: {printable(error.format_message())} See {where} --help", err=True)
             status = error.exit_code
@@ -63,7 +66,7 @@ class OneLineErrors(TyperGroup):
             return status
         sys.exit(status if isinstance(status, int) else 0)
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Run the command that `ctx` names."""
         try:
             return super().invoke(ctx)
@@ -84,7 +87,7 @@ app = typer.Typer(
 
 ImageArgument = Annotated[
     Path | None,
-    # readable=False: click would check it, in words of its own.
+    # readable=False: typer would check it, in words of its own.
     typer.Argument(
         metavar="[IMAGE]",
         readable=False,
