@@ -81,12 +81,15 @@ def compiler() -> str:
 
 
 def ninja() -> str:
-    """The program ninja: on PATH, or of the Python package, which lies beside a Python that isn't on PATH."""
+    """The program ninja: of the Python package, which may lie beside a Python that isn't on PATH, else on PATH.
+
+    The package's first, so that every build of an environment is by the same one: another takes no log of its over.
+    """
     places = [None, sysconfig.get_path("scripts"), str(Path(sys.executable).parent)]
     if find_spec("ninja") is not None:
         import ninja as package
 
-        places.append(package.BIN_DIR)
+        places.insert(0, package.BIN_DIR)
     found = next((program for place in places if (program := shutil.which("ninja", path=place))), None)
     if found is None:
         raise BuildError("building needs ninja, which is not installed (pip install ninja)")

@@ -6,7 +6,6 @@ What setup.py would do beside a torch with CUDA, kernels of each kind by nvcc, t
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -51,11 +50,13 @@ def test_the_files_name_every_cell_once() -> None:
 
 WITH_CUDA = """
 import runpy, sys
+import ninja
 import torch
 import torch.utils.cpp_extension as build
 torch.version.cuda = "13.0"
 paths = build.library_paths()
-build.library_paths = lambda *args, **more: [*paths, {libraries!r}]
+build.library_paths = lambda *args, **more: [*paths, {tools!r}]
+ninja.BIN_DIR = {tools!r}
 sys.argv = ["setup.py", "-q", "build_ext"]
 runpy.run_path("setup.py", run_name="__main__")
 """
@@ -71,10 +72,10 @@ def test_beside_a_torch_with_cuda_it_is_built(tmp_path: Path, archs: str | None)
     (tools / "libtorch_cuda.so").touch()
     (tools / "ninja").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
     (tools / "ninja").chmod(0o755)
-    environment = {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "MAX_JOBS": "3"} | (
+    environment = {"MAX_JOBS": "3"} | (
         {"TORCH_CUDA_ARCH_LIST": archs, "VISATTN_CUDA_WIDTHS": "8/8;32/32"} if archs else {}
     )
-    run(sys.executable, "-c", WITH_CUDA.format(libraries=str(tools)), cwd=source, **environment)
+    run(sys.executable, "-c", WITH_CUDA.format(tools=str(tools)), cwd=source, **environment)
     asked = (tmp_path / "asked").read_text().split()
     assert asked[:3] == ["-j", "3", "-f"]
     manifest = source / asked[3]
