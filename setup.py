@@ -73,8 +73,12 @@ CELLS = runpy.run_path(str(ROOT / "visattn_kernels/backends/cells.py"))
 
 def compiler() -> str:
     """The C++ compiler; empty if there is none."""
-    if asked := os.environ.get("CXX"):
-        if shutil.which(shlex.split(asked)[0]) is None:
+    if asked := os.environ.get("CXX", "").strip():
+        try:
+            found = shutil.which(shlex.split(asked)[0])
+        except ValueError:  # a quotation that does not end
+            found = None
+        if found is None:
             raise BuildError(f"expected CXX to name a C++ compiler, but got CXX={asked}")
         return asked
     return next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), "")
@@ -99,7 +103,7 @@ def ninja() -> str:
 def jobs() -> list[str]:
     """What tells ninja how many files to compile at once."""
     asked = os.environ.get("MAX_JOBS", "")
-    if asked and not (asked.isdigit() and int(asked) > 0):
+    if asked and not re.fullmatch("0*[1-9][0-9]*", asked):
         raise BuildError(f"expected MAX_JOBS to be a whole number from 1 up, but got MAX_JOBS={asked}")
     return ["-j", asked] if asked else []
 
@@ -108,7 +112,7 @@ def check_torch() -> None:
     """Raise unless there is a torch to build against."""
     try:
         import torch
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: a library of torch's own is not there
         raise BuildError(
             f"building needs torch 2.10 or later in the environment that builds, but importing it says: {error}. "
             "Install torch first and use --no-build-isolation; VISATTN_NO_EXT=1 installs pure Python without it"
@@ -147,7 +151,7 @@ def cuda_cells() -> list[tuple[int, int, tuple[str, ...]]]:
     cells, asked = list(CELLS["CELLS"]), os.environ.get("VISATTN_CUDA_WIDTHS")
     if not asked:
         return cells
-    widths = re.split(r"[;, ]+", asked.strip())
+    widths = [pair for pair in re.split(r"[;, ]+", asked) if pair]
     listed = {f"{d}/{dv}": (d, dv, named) for d, dv, named in cells}
     for pair in widths:
         if pair not in listed:
@@ -218,13 +222,17 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
 
     extensions: list[Extension]
 
-    def finalize_options(self) -> None:
+    def run(self) -> None:
         """Leave the CUDA part out where it can't be built; it was listed before torch was looked for."""
-        super().finalize_options()
         if self.extensions:
             check_torch()
             if no_cuda():
                 self.extensions = [ext for ext in self.extensions if ext.name != CUDA]
+                # One of an earlier build is not to be taken for a part of this one.
+                stale = Path(*CUDA.split(".")).with_suffix(".abi3.so")
+                for folder in (Path(self.build_lib), *([ROOT] if self.inplace else [])):
+                    (folder / stale).unlink(missing_ok=True)
+        super().run()
 
     def build_extensions(self) -> None:
         """Build the extensions where setuptools wants them, both by one run of ninja."""
@@ -272,7 +280,7 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
 
     def cuda(self) -> tuple[list[str], list[str], str]:
         """What compiles the CUDA part: lines for ninja, objects, and what they are linked with."""
-        host = f"-ccbin {shlex.split(compiler())[0]} " if os.environ.get("CXX") else ""
+        host = f"{host_compiler(compiler())} " if os.environ.get("CXX", "").strip() else ""
         lines = [
             "rule cuda",
             f"  command = {toolkit().nvcc} {host}-MD -MF $out.d {CUDA_COMMON} {cuda_flags()} -Icsrc -c $in -o $out",
@@ -294,6 +302,12 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
         return lines, objects, linked(f"-ltorch_cuda -ltorch_cpu -lc10 {runtime}")
 
 
+def host_compiler(asked: str) -> str:
+    """Nvcc's options for a compiler of C++ with options, which a launcher may stand before."""
+    words = [word for word in shlex.split(asked) if Path(word).name not in ("ccache", "sccache", "distcc")]
+    return f"-ccbin {words[0]}" + (f" -Xcompiler {','.join(words[1:])}" if words[1:] else "")
+
+
 def linked(libraries: str) -> str:
     """What a part is linked with: torch's own libraries are found where torch was imported from."""
     import torch.utils.cpp_extension as torch_build
@@ -308,6 +322,8 @@ def parts() -> list[str]:
     """The compiled parts that are built, as far as that is known without torch."""
     if os.environ.get("VISATTN_NO_EXT") == "1":
         return []
+    if "bdist_wheel" in sys.argv and not (find_spec("setuptools.command.bdist_wheel") or find_spec("wheel")):
+        raise BuildError("building needs wheel beside this setuptools (pip install wheel, or setuptools 70.1 or later)")
     if not compiler():
         print("visattn: there is no C++ compiler, so that pure Python is installed: the reference serves", flush=True)
         return []

@@ -262,7 +262,7 @@ def _tested(python: Path, source: Path, words: str) -> Step:
     tests = [str(ROOT / "tests" / "test_ops.py"), "-k", words]
     path = os.pathsep.join([str(source), str(ROOT), str(ROOT / "tests")])
     command = [str(python), "-m", "pytest", "-p", "no:cacheprovider", "-n", "2", *tests, *config]
-    ended = _run(command, source, PYTHONPATH=path)
+    ended = _run(command, source, PYTHONPATH=path, VISATTN_TIER="test")
     counts = re.search(r"(?m)^.*\b\d+ (?:passed|failed).*$", ended.stdout)
     text = re.sub(r" in [\d.]+s.*|=+ ?| ?=+", "", counts[0]).strip() if counts else _last(ended)
     return Step(ended.returncode == 0, re.sub(r", \d+ warnings?", "", text))
@@ -295,15 +295,8 @@ def summary() -> str:
     for row in rows():
         steps = [row["steps"].get(name) for name in COLUMNS]
         told = [
-            "not tried" if step is None else f"{'' if step['passed'] else '**fails:** '}{step['text']}"
+            "not tried" if step is None else step["text"] if step["passed"] else f"**fails:** {step['text']}"
             for step in steps
         ]
         lines.append([row["torch"], *told])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _cell(step: dict[str, Any] | None) -> str:
-    if step is None:
-        return "not tried"
-    text = str(step["text"])
-    return text if step["passed"] else f"**fails:** {text}"

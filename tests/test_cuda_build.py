@@ -104,6 +104,15 @@ def test_beside_a_torch_with_cuda_it_is_built(tmp_path: Path, archs: str | None)
     assert (source / target).stat().st_size > 1000
 
 
+def test_a_launcher_before_the_compiler_is_not_for_nvcc() -> None:
+    code = (
+        "import runpy, setuptools; setuptools.setup = lambda **_: None; "
+        "f = runpy.run_path('setup.py')['host_compiler']; print(f('g++'), f('ccache g++ -m64 -g'), sep='\\n')"
+    )
+    told = run(sys.executable, "-c", code, cwd=ROOT).splitlines()
+    assert told == ["-ccbin g++", "-ccbin g++ -Xcompiler -m64,-g"]
+
+
 def test_no_cuda_is_said_with_its_reason() -> None:
     if failure := parts.failure(parts.ENGINE):
         pytest.skip(failure)

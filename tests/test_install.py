@@ -135,6 +135,8 @@ def test_ninja_of_an_environment_that_is_not_activated(source: Path, tmp_path: P
     ("environment", "line"),
     [
         ({"CXX": "no-such-compiler"}, "visattn: expected CXX to name a C++ compiler, but got CXX=no-such-compiler"),
+        ({"CXX": "'g++"}, "visattn: expected CXX to name a C++ compiler, but got CXX='g++"),
+        ({"MAX_JOBS": "²"}, "visattn: expected MAX_JOBS to be a whole number from 1 up, but got MAX_JOBS=²"),
         ({"MAX_JOBS": "0"}, "visattn: expected MAX_JOBS to be a whole number from 1 up, but got MAX_JOBS=0"),
         ({"MAX_JOBS": "two"}, "visattn: expected MAX_JOBS to be a whole number from 1 up, but got MAX_JOBS=two"),
     ],
@@ -147,6 +149,13 @@ def test_a_setting_that_is_wrong_is_one_line(source: Path, environment: dict[str
     ("what", "line"),
     [
         ("sys.modules['torch'] = None", "visattn: building needs torch 2.10 or later in the environment that builds"),
+        (
+            "class Broken:\n"
+            "    def find_spec(self, name, *rest):\n"
+            "        if name == 'torch': raise OSError('libtorch.so: not found')\n"
+            "sys.meta_path.insert(0, Broken())",
+            "visattn: building needs torch 2.10 or later in the environment that builds, but importing it says: lib",
+        ),
         (
             "import torch; torch.__version__ = '2.9.1'",
             "visattn: building needs torch 2.10 or later, but got torch 2.9.1",
@@ -185,6 +194,40 @@ def test_a_cuda_part_without_its_torch_is_a_reason(source: Path, tmp_path: Path)
     text = run(sys.executable, "-S", "-c", USE, cwd=tmp_path, **installed(source))
     assert re.search(r"^\S*visattn_kernels/__init__.py cpu +yes", text, re.M)
     assert re.search(r"^cuda +no: the extension visattn_kernels._cuda does not load: libtorch_cuda.so", text, re.M)
+
+
+@needs_engine
+def test_a_part_of_older_sources_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts.failure.cache_clear()
+    monkeypatch.setitem(parts._ASKED, parts.ENGINE, "what_it_has_not")
+    assert parts.failure(parts.ENGINE) == f"the extension {parts.ENGINE} was built from older sources; build it again"
+    assert "older sources" in parts.failure(parts.CUDA) or not parts.failure(parts.CUDA)
+    parts.failure.cache_clear()
+
+
+@needs_engine
+def test_a_cuda_part_of_an_earlier_build_is_no_part_of_this_one(source: Path) -> None:
+    package = source / "visattn_kernels"
+    built = next((source / "build").glob("temp*")).name.replace("temp", "lib", 1)
+    places = [package, source / "build" / built / "visattn_kernels"]
+    for folder in places:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "_cuda.abi3.so").touch()
+    run(*BUILD, cwd=source, VISATTN_NO_CUDA="1")
+    assert not [path for folder in places for path in folder.glob("_cuda*")]
+    assert (package / "_C.abi3.so").exists()
+
+
+def test_wheel_is_asked_for_where_setuptools_is_old(source: Path) -> None:
+    code = (
+        "import importlib.util as u, runpy, sys\nfound = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if 'wheel' in name else found(name, *a)\n"
+        "sys.argv = ['setup.py', 'bdist_wheel']\nrunpy.run_path('setup.py')"
+    )
+    line = refused([sys.executable, "-c", code], source)
+    assert (
+        line == "visattn: building needs wheel beside this setuptools (pip install wheel, or setuptools 70.1 or later)"
+    )
 
 
 @needs_engine

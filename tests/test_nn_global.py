@@ -247,6 +247,12 @@ def ocnet_map(at, regions=2):
 
 
 BAD = [
+    (
+        lambda: vn.NeighborhoodAttention(8, 3, pad=(True, False)),
+        TypeError,
+        r"pad to be a bool, but got pad=\(True, False\)",
+    ),
+    (lambda: vn.WindowAttention(8, 3, pad="no"), TypeError, "pad to be a bool, but got pad='no'"),
     (lambda: vn.NonLocalBlock(8, mode="dot_product"), ValueError, "mode to be one of embedded_gaussian, gaussian"),
     (lambda: vn.NonLocalBlock(8, pool=0), ValueError, "pool of 1 or more, but got pool=0"),
     (lambda: vn.NonLocalBlock(8.0), TypeError, "channels to be an integer"),

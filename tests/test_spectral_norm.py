@@ -104,3 +104,13 @@ def test_under_autocast() -> None:
         ours(x)
     plain(x)
     close(ours.state_dict(), plain.state_dict(), rtol=1e-6)
+
+
+def test_assigned_to_a_layer_on_meta() -> None:
+    """What is in no state dict stays on meta when one is assigned."""
+    whole = vn.SAGANAttention(8, spectral_norm=True)
+    with torch.device("meta"):
+        module = vn.SAGANAttention(8, spectral_norm=True)
+    module.load_state_dict(copy.deepcopy(whole.state_dict()), assign=True)
+    x = normal(1, 8, 4, 6, dtype=torch.float32)
+    close({"out": module.train()(x)}, {"out": whole.train()(x)})

@@ -77,9 +77,9 @@ def pytest_terminal_summary(terminalreporter, config):
 """
 
 
-def run(folder: Path, tier: str) -> str:
-    """What pytest says of `FILE` in a tier."""
-    (folder / "test_file.py").write_text(FILE)
+def run(folder: Path, tier: str, text: str = FILE) -> str:
+    """What pytest says of a file in a tier."""
+    (folder / "test_file.py").write_text(text)
     (folder / "conftest.py").write_text(CONFTEST)
     (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    fast\n    full\n")
     path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
@@ -100,6 +100,24 @@ def test_tiers_one_after_the_other(tmp_path: Path) -> None:
     assert "67 passed" in text
     assert "67 deselected" in run(tmp_path, "full")  # it goes on: all have passed
     assert "expected VISATTN_TIER to be of fast, test, full, but got VISATTN_TIER=slow" in run(tmp_path, "slow")
+
+
+AFTERWARDS = """
+import pytest
+@pytest.fixture
+def breaks():
+    yield
+    assert 0
+def test_with_it(breaks): pass
+def test_alone(): pass
+"""
+
+
+def test_what_fails_afterwards_has_not_passed(tmp_path: Path) -> None:
+    for _ in range(2):
+        text = run(tmp_path, "full", AFTERWARDS)
+        assert "1 error" in text
+    assert "1 passed, 1 deselected, 1 error" in text
 
 
 def test_what_differs_in_the_sources_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,21 @@ def test_symbolic_trace_of_functions() -> None:
         torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
 
 
+def test_a_proxy_anywhere_in_the_arguments_is_seen() -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("q", normal(1, 3, 4, 1, 2))
+
+        def forward(self, bias: torch.Tensor) -> torch.Tensor:
+            q = self.q
+            pair = va.attention(q, q, q, terms=(va.KeyBias(bias),), return_lse=True)
+            return va.merge([va.attention(q, q, q, return_lse=True), (pair[0], pair[1])])[0]
+
+    layer, bias = Layer(), normal(1, 3, 4)
+    close({"out": torch.fx.symbolic_trace(layer)(bias)}, {"out": layer(bias)})
+
+
 def test_proxies_are_no_tensors_elsewhere() -> None:
     """What is checked beside them still is."""
     with pytest.raises(TypeError, match=r"table to be a torch\.Tensor"):
@@ -154,6 +169,8 @@ EXPORTED = {
     "swin": (lambda: vn.SwinBlock(8, 7, heads=2), 2),
     "swin-shifted": (lambda: vn.SwinBlock(8, 7, shift=3, heads=2), 8),
     "swin-padded": (lambda: vn.SwinBlock(8, 7, shift=3, pad=True, heads=2), 2),
+    "sagan": (lambda: vn.SAGANAttention(8), 4),
+    "nonlocal": (lambda: vn.NonLocalBlock(8), 4),
     "nat-padded": (lambda: vn.NeighborhoodAttention(8, 7, pad=True, heads=2), 7),
 }
 """Modules, and the least side of the range of sizes that their graph is for, as docs/modules.md has it."""

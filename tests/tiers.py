@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+import torch
 from cases import Case
 
 T = TypeVar("T")
@@ -29,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 TIERS = {"fast": 1, "test": 2, "full": 0}
 """How many parameters are taken together; 0 takes all cases."""
 
-TIER = os.environ.get("VISATTN_TIER", "test")
+TIER = os.environ.get("VISATTN_TIER") or "test"
 if TIER not in TIERS:
     raise pytest.UsageError(f"visattn: expected VISATTN_TIER to be of {', '.join(TIERS)}, but got VISATTN_TIER={TIER}")
 
@@ -104,6 +105,7 @@ class Resumed:
     def __init__(self, folder: Path = ROOT / "build" / "tests") -> None:
         self.folder = folder
         self.path = folder / f"passed-{digest()}"
+        self.called: set[str] = set()  # those whose own part passed, and not yet what comes after it
 
     def passed(self) -> set[str]:
         """The names of the tests that passed."""
@@ -111,27 +113,28 @@ class Resumed:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" and report.passed:
+            self.called.add(report.nodeid)
+        if report.when == "teardown" and report.passed and report.nodeid in self.called:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
                 file.write(report.nodeid + "\n")
 
 
 def digest() -> str:
-    """Of all that results depend on, but for what is installed."""
-    whole = hashlib.sha256()
+    """Of all that results depend on: files, torch's release and our settings."""
+    settings = {name: x for name, x in os.environ.items() if name.startswith("VISATTN_") and name != "VISATTN_TIER"}
+    whole = hashlib.sha256(repr((torch.__version__, sorted(settings.items()))).encode())
     for path in sorted(_sources()):
         whole.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return whole.hexdigest()[:16]
 
 
 def _sources() -> Iterator[Path]:
-    for folder in ("visattn_kernels", "csrc", "tests", "benchmarks", "examples"):
+    for folder in ("visattn_kernels", "csrc", "tests", "benchmarks", "examples", "docs", ".ci"):
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh", ".json"):
+            if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".so":
                 yield path
-    yield from (
-        ROOT / name for name in ("setup.py", "setup_cuda.py", "visattn_cli.py", "pyproject.toml", "requirements.txt")
-    )
+    yield from (path for path in ROOT.iterdir() if path.is_file() and path.name != ".git")
 
 
 def select(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -174,10 +174,10 @@ def make_problem(
     check_options(pattern, scale, terms)
     queries, keys = Size(q.shape[1], q.shape[2]), Size(k.shape[1], k.shape[2])
     parts: tuple[Pattern | Term, ...] = (pattern, *terms)
-    # Number by number: of whole tuples, torch 2.11's export takes the sizes for constants.
-    other_grid = queries.height != keys.height or queries.width != keys.width
     for what in parts:
-        if what.one_grid and other_grid:
+        # Number by number, since of whole tuples torch 2.11's export takes the sizes for constants; and only where it
+        # counts, since an answer is kept by whatever graph is in the making.
+        if what.one_grid and (queries.height != keys.height or queries.width != keys.width):
             raise expected(
                 f"q and k on one grid, as {what if what is pattern else type(what).__name__} needs",
                 "q.shape",

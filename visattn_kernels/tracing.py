@@ -33,12 +33,17 @@ def one_node(function: F) -> F:
 
 
 def proxy_in(values: Iterable[Any]) -> Proxy | None:
-    """The first proxy of torch.fx among values; of a list, its first value counts."""
+    """A proxy of torch.fx among values, lists of them, and terms."""
     for value in values:
-        while isinstance(value, (list, tuple)) and value:
-            value = value[0]
         if isinstance(value, Proxy):
             return value
+        inside: Iterable[Any] = ()
+        if isinstance(value, (list, tuple)):
+            inside = value
+        elif hasattr(type(value), "tensors"):  # a term
+            inside = vars(value).values()
+        if inside and (proxy := proxy_in(inside)) is not None:
+            return proxy
     return None
 
 

@@ -13,6 +13,9 @@ ENGINE = "visattn_kernels._C"
 CUDA = "visattn_kernels._cuda"
 """The CUDA kernels, which need libtorch_cuda.so."""
 
+_ASKED = {ENGINE: "no_cuda", CUDA: "built"}
+"""What each part is asked of its build."""
+
 
 @cache
 def failure(part: str) -> str:
@@ -26,7 +29,8 @@ def failure(part: str) -> str:
             return f"the extension {part} was not built {sources}; `make build` there builds it"
         return f"the extension {part} was not built (VISATTN_NO_EXT=1, or no C++ compiler at install time)"
     try:
-        import_module(part)
+        if not hasattr(import_module(part), _ASKED[part]):
+            return f"the extension {part} was built from older sources; build it again"
     except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: operators that torch refuses to register
         return f"the extension {part} does not load: {error}"
     return ""

@@ -81,6 +81,13 @@ def count(value: object, argument: str, least: int = 1) -> int:
     return value
 
 
+def flag(value: object, argument: str) -> bool:
+    """Return `value` if it is a bool, else raise TypeError."""
+    if not isinstance(value, bool):
+        raise expected(f"{argument} to be a bool", argument, told(value), TypeError)
+    return value
+
+
 def share(channels: int, parts: int, argument: str = "heads") -> int:
     """Return `channels // parts`; raise ValueError where `parts` does not divide the channels."""
     if channels % count(parts, argument):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from visattn_kernels.nn.common import PackedAttention, as_convolution, pair, renamed
+from visattn_kernels.nn.common import PackedAttention, as_convolution, flag, pair, renamed
 from visattn_kernels.patterns import Neighborhood, Pattern
 from visattn_kernels.terms import RelativeBias, Term
 
@@ -66,7 +66,7 @@ class NeighborhoodAttention(PackedAttention):
         pattern = Neighborhood(kernel_size, dilation, is_causal=is_causal)
         height, width = pair(pattern.kernel_size)
         steps = pair(pattern.dilation)
-        least = (height * steps[0], width * steps[1]) if pad else (1, 1)
+        least = (height * steps[0], width * steps[1]) if flag(pad, "pad") else (1, 1)
         super().__init__(channels, heads, qkv_bias=qkv_bias, scale=scale, least=least, backend=backend)
         self.pad, self.pattern = pad, pattern
         table = nn.Parameter(torch.empty(heads, 2 * height - 1, 2 * width - 1)) if bias_table else None

@@ -50,6 +50,8 @@ class _SpectralNorm(nn.Module):
         u, v = self._u.clone(), self._v.clone()
         if not self.training:
             return u, v
+        if self._seen.device != matrix.device:  # it is in no state dict that was assigned to a layer on meta
+            self._seen = torch.full_like(matrix, torch.nan)
         # Chosen by a tensor, so that a graph of torch.compile holds for both.
         changed = (matrix != self._seen).any()
         u, v = (torch.where(changed, new, old) for new, old in zip(_step(matrix, v), (u, v), strict=True))

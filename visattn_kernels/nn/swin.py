@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from visattn_kernels.nn.common import Layer, PackedAttention, as_convolution, by_head, count, image, pair, renamed
+from visattn_kernels.nn.common import Layer, PackedAttention, as_convolution, by_head, count, flag, image, pair, renamed
 from visattn_kernels.patterns import Pattern, Window
 from visattn_kernels.terms import RelativeBias, Term
 from visattn_kernels.tracing import frozen
@@ -63,7 +63,7 @@ class WindowAttention(PackedAttention):
         backend: str = "auto",
     ) -> None:
         Window(window_size, shift)
-        multiple = pair(window_size) if pad else (1, 1)
+        multiple = pair(window_size) if flag(pad, "pad") else (1, 1)
         super().__init__(channels, heads, qkv_bias=qkv_bias, scale=scale, multiple=multiple, backend=backend)
         self.pad = pad
         self.window_size, self.shift = pair(window_size), pair(shift)

@@ -134,10 +134,10 @@ class Builder:
         self.call, self.part, self.points = call, part, points
         self.geometry = g = geometry(call, part, maps, points is not None)
         head_dim = call.q.shape[4]
-        vectors = any(name.startswith("relative") and name != "relative_bias" for name in call.terms)
+        vectors = {name.split("_")[1] for name in call.terms if name.startswith("relative")} - {"bias"}
         near = NEAR in (g.y.kind, g.x.kind)
         bias = "relative_bias" in call.terms and which != "forward"
-        holds = "vectors" if vectors else "near" if near or bias else "plain"
+        holds = "query" if vectors == {"query"} else "vectors" if vectors else "near" if near or bias else "plain"
         self.tile = tile_for(which, max(head_dim, value_dim), call.q.element_size(), holds, call.capability)
         if careful and call.capability is not None:
             self.tile = CAREFUL
@@ -158,7 +158,7 @@ class Builder:
             qy, qx, qy * qx, ky, kx, ky * kx, max(16, power(qy + ky - 1)), max(16, power(qx + kx - 1)),
             head_dim, value_dim,
             g.y.kind, g.x.kind, g.y.causal, g.x.causal, g.border, g.others,
-            leaks=values and (near or g.others or vectors),
+            leaks=values and (near or g.others or bool(vectors)),
             precision="tf32" if call.tf32 and call.q.dtype == torch.float32 else "ieee",
             natural=call.q.dtype == torch.float32,
             wide=self.tiles * heads * call.q.shape[0] > NARROW,

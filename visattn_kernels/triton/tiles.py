@@ -13,10 +13,14 @@ holds besides:
 
     plain       nothing: every key of a region for every query of it; number biases too in the forward
     near        which of the pairs see one another, and their indices; number biases, whose gradient goes by indices
-    vectors     products of queries, keys or gradients with a table, twice, and permutations of them
+    query       products of queries with a table, twice, and permutations of them
+    vectors     those of keys or gradients too
 
 No row is measured: they are the largest that compile within the limits of `benchmarks/compiled.py` (shared memory of
-each architecture, next to no spilled registers), whose table docs/triton.md has.
+each architecture, next to no spilled registers), whose table docs/triton.md has. Tiles of 64 resident rows have 4 warps
+where that makes fewer instructions (those of the inner loop, times the warps) and spills nothing: 8 warps split the
+other side among them, so that each does nearly as much as one of 4 (on 9.0, of bfloat16: 616 × 4 for 568 × 8 in dq of
+8/32, 847 × 4 for 863 × 8 in dk and dv of 64/64, 421 × 4 for 412 × 8 in the forward of 80/80 with `RelativeQuery`).
 """
 
 from __future__ import annotations
@@ -81,7 +85,20 @@ _SMALL: dict[tuple[str, int, str], Rows] = {
     ("dkdv", 2, "plain"): ((16, Tile(64, 64, 8, 2)), (128, Tile(64, 64, 8, 1)), (512, Tile(16, 32, 8, 1))),
 }
 
-OVERRIDES: dict[int, dict[tuple[str, int, str], Rows]] = {86: _SMALL, 89: _SMALL, 120: _SMALL}
+# Counted there alone; on 8.0, whose products are other instructions, dq of 128/128 gains nothing by it.
+_HOPPER: dict[tuple[str, int, str], Rows] = {
+    ("forward", 2, "query"): ((128, Tile(64, 32, 4, 2)), (512, Tile(32, 32, 8, 1))),
+    ("dq", 2, "plain"): ((128, Tile(64, 64, 4, 2)), (512, Tile(32, 32, 8, 1))),
+    ("dkdv", 2, "plain"): (
+        (16, Tile(64, 64, 4, 2)),
+        (64, Tile(64, 64, 4, 1)),
+        (128, Tile(64, 64, 8, 1)),
+        (512, Tile(32, 32, 8, 1)),
+    ),
+    ("dkdv", 4, "plain"): ((16, Tile(32, 64, 4, 2)), (128, Tile(32, 32, 8, 1)), (512, Tile(16, 16, 8, 1))),
+}
+
+OVERRIDES: dict[int, dict[tuple[str, int, str], Rows]] = {86: _SMALL, 89: _SMALL, 90: _HOPPER, 120: _SMALL}
 """Rows of architectures, by compute capability, that stand in the place of those of `TABLE`."""
 
 CAREFUL = Tile(16, 16, 4, 1)
@@ -98,11 +115,12 @@ def tile_for(which: str, width: int, itemsize: int, holds: str, capability: int 
         which: "forward", "dq" or "dkdv".
         width: the larger of D and Dv.
         itemsize: bytes of an element.
-        holds: "plain", "near" or "vectors".
+        holds: "plain", "near", "query" or "vectors".
         capability: compute capability such as 90; None for the interpreter.
     """
     if capability is None:
         return INTERPRETED
-    key = (which, itemsize, holds)
-    rows = OVERRIDES.get(capability, {}).get(key) or TABLE[key]
+    overrides = OVERRIDES.get(capability, {})
+    keys = [(which, itemsize, kind) for kind in ((holds, "vectors") if holds == "query" else (holds,))]
+    rows = next(table[key] for key in keys for table in (overrides, TABLE) if key in table)
     return next(tile for widest, tile in rows if width <= widest)
