@@ -63,6 +63,10 @@ def test_product(a, b, c): pass
 @pytest.mark.full
 @pytest.mark.parametrize("a", range(3))
 def test_rest(a): pass
+@pytest.mark.singly
+@pytest.mark.parametrize("a", range(3))
+@pytest.mark.parametrize("b", range(4))
+def test_slow(a, b): pass
 """
 
 CONFTEST = """
@@ -81,7 +85,7 @@ def run(folder: Path, tier: str, text: str = FILE) -> str:
     """What pytest says of a file in a tier."""
     (folder / "test_file.py").write_text(text)
     (folder / "conftest.py").write_text(CONFTEST)
-    (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    fast\n    full\n")
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    fast\n    full\n    singly\n")
     path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
     environment = {**os.environ, "VISATTN_TIER": tier, "PYTHONPATH": path}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
@@ -90,15 +94,15 @@ def run(folder: Path, tier: str, text: str = FILE) -> str:
 
 
 def test_tiers_one_after_the_other(tmp_path: Path) -> None:
-    assert "tier fast: 4 of 67 tests; the others are left to make test\n" in run(tmp_path, "fast")
+    assert "tier fast: 8 of 79 tests; the others are left to make test\n" in run(tmp_path, "fast")
     text = run(tmp_path, "test")
-    kept = int(re.search(r"tier test: (\d+) of 67 tests; the others are left to make test-full", text)[1])
-    assert 16 <= kept < 24
-    assert f"{kept} passed, {67 - kept} deselected" in text
+    kept = int(re.search(r"tier test: (\d+) of 79 tests; the others are left to make test-full", text)[1])
+    assert 16 + 4 <= kept < 24 + 4
+    assert f"{kept} passed, {79 - kept} deselected" in text
     text = run(tmp_path, "full")
-    assert "tier full: 67 of 67 tests" in text
-    assert "67 passed" in text
-    assert "67 deselected" in run(tmp_path, "full")  # it goes on: all have passed
+    assert "tier full: 79 of 79 tests" in text
+    assert "79 passed" in text
+    assert "79 deselected" in run(tmp_path, "full")  # it goes on: all have passed
     assert "expected VISATTN_TIER to be of fast, test, full, but got VISATTN_TIER=slow" in run(tmp_path, "slow")
 
 

@@ -33,17 +33,19 @@ def compile_all(tmp_path: Path, *options: str) -> list[dict]:
     return json.loads(record.read_text())["rows"]
 
 
+@pytest.mark.long
+@pytest.mark.singly
 @pytest.mark.parametrize("name", [workload.name for workload in WORKLOADS])
-def test_compiles_within_the_limits(name: str, tmp_path: Path) -> None:
-    rows = compile_all(tmp_path, "-w", name, "--no-careful")
-    for capability in compiled.CAPABILITIES:
-        kernels = {row["kernel"] for row in rows if row["capability"] == capability}
-        assert kernels == {
-            "attention_forward_kernel",
-            "attention_delta_kernel",
-            "attention_backward_dq_kernel",
-            "attention_backward_dkdv_kernel",
-        }
+@pytest.mark.parametrize("capability", compiled.CAPABILITIES)
+def test_compiles_within_the_limits(name: str, capability: int, tmp_path: Path) -> None:
+    rows = compile_all(tmp_path, "-w", name, "--no-careful", "--capability", str(capability))
+    assert {row["capability"] for row in rows} == {capability}
+    assert {row["kernel"] for row in rows} == {
+        "attention_forward_kernel",
+        "attention_delta_kernel",
+        "attention_backward_dq_kernel",
+        "attention_backward_dkdv_kernel",
+    }
     for row in rows:
         where = f"{row['kernel']} for {row['capability']}: {row['registers']} registers"
         assert not compiled.faults(row), f"{where}: {'; '.join(compiled.faults(row))}"
@@ -61,12 +63,13 @@ def test_careful_launches_compile(name: str, tmp_path: Path) -> None:
         assert not compiled.faults(row), f"{row['kernel']}: {'; '.join(compiled.faults(row))}"
 
 
+@pytest.mark.singly
 @pytest.mark.parametrize("name", ["nat-b-s1", "ccnet-97"])
-def test_reading_the_map_compiles(name: str, tmp_path: Path) -> None:
-    rows = compile_all(tmp_path, "-w", name, "--reading", "--no-careful")
-    for capability in compiled.CAPABILITIES:
-        kernels = {row["kernel"] for row in rows if row["capability"] == capability}
-        assert kernels == {"attention_forward_kernel", "attention_map_kernel", "attention_backward_dkdv_kernel"}
+@pytest.mark.parametrize("capability", compiled.CAPABILITIES)
+def test_reading_the_map_compiles(name: str, capability: int, tmp_path: Path) -> None:
+    rows = compile_all(tmp_path, "-w", name, "--reading", "--no-careful", "--capability", str(capability))
+    kernels = {row["kernel"] for row in rows}
+    assert kernels == {"attention_forward_kernel", "attention_map_kernel", "attention_backward_dkdv_kernel"}
     for row in rows:
         assert not compiled.faults(row), f"{row['kernel']}: {'; '.join(compiled.faults(row))}"
 

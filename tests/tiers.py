@@ -1,7 +1,8 @@
 """Which tests a tier runs. A rule chooses them and never a hand: what a tier leaves out, the next one has.
 
     fast    of the tests marked `fast`, every value of every parameter at least once
-    test    of those not marked `full`, every pair of values of two parameters that occurs at least once
+    test    of those not marked `full`, every pair of values of two parameters that occurs, at least once; of those that
+            are marked `singly`, since they take long, every value
     full    everything; what passed before with the same sources is not run again
 
 A test's parameters are its function's, where a `Case` counts as many: its pattern, its terms, its dtype and so on.
@@ -95,7 +96,7 @@ def chosen(items: Sequence[pytest.Item], tier: str = TIER) -> list[pytest.Item]:
         else:
             kept.add(item)
     for group in functions.values():
-        kept.update(covering(group, values, together))
+        kept.update(covering(group, values, 1 if group[0].get_closest_marker("singly") else together))
     return [item for item in items if item in kept]
 
 
