@@ -12,10 +12,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.sources import ROOT as ROOT
 from visattn_kernels.version import __version__
-
-ROOT = Path(__file__).resolve().parent.parent
-"""The repository."""
 
 _FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_tile", "amx_bf16")
 

@@ -1,4 +1,4 @@
-"""Builds beside the checkout's own: copies of what one needs, and what went wrong in it."""
+"""Builds beside the checkout's own: copies of what one needs, and what went wrong in it; without torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import re
 import shutil
 from pathlib import Path
 
-from benchmarks.machine import ROOT
+ROOT = Path(__file__).resolve().parent.parent
+"""The repository."""
 
 
 def copy_source(to: Path) -> Path:

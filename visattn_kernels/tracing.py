@@ -40,8 +40,8 @@ def proxy_in(values: Iterable[Any]) -> Proxy | None:
         inside: Iterable[Any] = ()
         if isinstance(value, (list, tuple)):
             inside = value
-        elif hasattr(type(value), "tensors"):  # a term
-            inside = vars(value).values()
+        elif hasattr(value, "tensors"):  # a term
+            inside = [getattr(value, field) for field in value.tensors.values()]
         if inside and (proxy := proxy_in(inside)) is not None:
             return proxy
     return None
