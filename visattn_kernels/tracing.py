@@ -40,7 +40,7 @@ def proxy_in(values: Iterable[Any]) -> Proxy | None:
         inside: Iterable[Any] = ()
         if isinstance(value, (list, tuple)):
             inside = value
-        elif hasattr(value, "tensors"):  # a term
+        elif hasattr(type(value), "tensors"):  # a term, and not its class
             inside = [getattr(value, field) for field in value.tensors.values()]
         if inside and (proxy := proxy_in(inside)) is not None:
             return proxy
