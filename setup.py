@@ -3,6 +3,9 @@
 `visattn_kernels._C` is the CPU engine; `visattn_kernels._cuda`, where torch has CUDA and there is a toolkit, the CUDA
 kernels. Each loads without the other. Where there is no C++ compiler, the pure package is installed, and says so.
 
+The engine's source is compiled once per instruction set, each with its own flags, which is why the build is spelled out
+here. Paths are relative to the build's folder, so that objects may go along with a copy of the sources.
+
     VISATTN_NO_EXT=1      build pure Python: the reference still serves
     VISATTN_SANITIZE=1    build with AddressSanitizer and UndefinedBehaviorSanitizer, for tests
     VISATTN_EMULATE_AVX512=1
